@@ -1,0 +1,301 @@
+//! Reads a tree of named fields (the settings file, a record of the feed) and
+//! collects every mistake at once, each with its place, what is wrong and how
+//! to mend it. What the fields mean is up to who reads them.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+/// One mistake of the input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// The field's path, dotted: `ssh.login_deadline`, `hostnames[1]`.
+    pub at: String,
+    /// What is wrong with it.
+    pub problem: String,
+    /// What to write instead.
+    pub fix: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}; {}", self.at, self.problem, self.fix)
+    }
+}
+
+/// A value that one field can hold.
+pub trait Field: Sized {
+    /// What a good value looks like, for the fix: `a duration like "10s"`.
+    const EXPECTED: &'static str;
+    /// # Errors
+    /// What is wrong with the value.
+    fn from_value(value: &Value) -> Result<Self, String>;
+}
+
+/// The fields of one table, taken one by one; mistakes gather in the root.
+pub struct Fields {
+    path: String,
+    map: Map<String, Value>,
+    known: Vec<String>,
+    mistakes: Rc<RefCell<Vec<Mistake>>>,
+}
+
+impl Fields {
+    /// The root table.
+    pub fn new(map: Map<String, Value>) -> Self {
+        Self { path: String::new(), map, known: Vec::new(), mistakes: Rc::default() }
+    }
+
+    /// The value at `key`, or `default` where it is absent (or wrong: then the
+    /// mistake is recorded and the default only lets reading go on).
+    pub fn take<T: Field>(&mut self, key: &str, default: T) -> T {
+        self.optional(key).unwrap_or(default)
+    }
+
+    /// The value at `key`, if it is there and not null.
+    pub fn optional<T: Field>(&mut self, key: &str) -> Option<T> {
+        self.known.push(key.to_owned());
+        let value = self.map.remove(key).filter(|v| !v.is_null())?;
+        match T::from_value(&value) {
+            Ok(found) => Some(found),
+            Err(problem) => {
+                self.mistake(key, problem, format!("write {}", T::EXPECTED));
+                None
+            }
+        }
+    }
+
+    /// The value at `key`, which must be there.
+    pub fn required<T: Field>(&mut self, key: &str) -> Option<T> {
+        if !self.map.contains_key(key) {
+            self.known.push(key.to_owned());
+            self.mistake(key, "is missing".into(), format!("write {}", T::EXPECTED));
+            return None;
+        }
+        self.optional(key)
+    }
+
+    /// The table at `key`, empty where absent.
+    pub fn section(&mut self, key: &str) -> Fields {
+        self.known.push(key.to_owned());
+        let map = match self.map.remove(key) {
+            None | Some(Value::Null) => Map::new(),
+            Some(Value::Object(map)) => map,
+            Some(other) => {
+                self.mistake(key, format!("is {}", kind(&other)), "write a table".into());
+                Map::new()
+            }
+        };
+        Fields { path: self.at(key), map, known: Vec::new(), mistakes: Rc::clone(&self.mistakes) }
+    }
+
+    /// Whether `key` is present and has not been taken yet.
+    pub fn has(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
+    /// Records a mistake at `key` of this table.
+    pub fn mistake(&self, key: &str, problem: String, fix: String) {
+        self.mistakes.borrow_mut().push(Mistake { at: self.at(key), problem, fix });
+    }
+
+    /// What nobody took: the unknown fields of a record, kept as they are.
+    pub fn rest(self) -> Map<String, Value> {
+        self.map
+    }
+
+    /// Every key that nobody took is a mistake (settings: a misspelt key must
+    /// not be silently ignored).
+    pub fn refuse_rest(self) {
+        for key in self.map.keys() {
+            let fix = match nearest(key, &self.known) {
+                Some(near) => format!("did you mean \"{near}\"?"),
+                None => format!("known here: {}", self.known.join(", ")),
+            };
+            self.mistake(key, "is not a known key".into(), fix);
+        }
+    }
+
+    /// All mistakes so far, of this table and all that came from the same root.
+    pub fn mistakes(&self) -> Vec<Mistake> {
+        self.mistakes.borrow().clone()
+    }
+
+    fn at(&self, key: &str) -> String {
+        match (self.path.is_empty(), key.starts_with('[')) {
+            (true, _) => key.to_owned(),
+            (false, true) => format!("{}{key}", self.path),
+            (false, false) => format!("{}.{key}", self.path),
+        }
+    }
+}
+
+/// The kind of a value in words, for messages.
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "a table",
+    }
+}
+
+/// The known key that a misspelt one most likely meant.
+fn nearest<'a>(key: &str, known: &'a [String]) -> Option<&'a str> {
+    known
+        .iter()
+        .map(|k| (edit_distance(key, k), k.as_str()))
+        .min()
+        .filter(|(distance, k)| *distance <= 1 + k.len() / 4)
+        .map(|(_, k)| k)
+}
+
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut left = i + 1;
+        let mut diagonal = i;
+        for (cb, cell) in b.iter().zip(row.iter_mut().skip(1)) {
+            let here = (diagonal + usize::from(ca != *cb)).min(left + 1).min(*cell + 1);
+            diagonal = *cell;
+            *cell = here;
+            left = here;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or(a.len())
+}
+
+impl Field for bool {
+    const EXPECTED: &'static str = "true or false";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        value.as_bool().ok_or_else(|| format!("is {}", kind(value)))
+    }
+}
+
+impl Field for String {
+    const EXPECTED: &'static str = "a string";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        value.as_str().map(str::to_owned).ok_or_else(|| format!("is {}", kind(value)))
+    }
+}
+
+impl Field for PathBuf {
+    const EXPECTED: &'static str = "a path";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        String::from_value(value).map(PathBuf::from)
+    }
+}
+
+macro_rules! integer_field {
+    ($($t:ty => $expected:literal),*) => {$(
+        impl Field for $t {
+            const EXPECTED: &'static str = $expected;
+            fn from_value(value: &Value) -> Result<Self, String> {
+                let n = value.as_i64().ok_or_else(|| format!("is {}", if value.is_number() { "not a whole number" } else { kind(value) }))?;
+                <$t>::try_from(n).map_err(|_| format!("{n} is out of range"))
+            }
+        }
+    )*};
+}
+integer_field!(
+    u8 => "a whole number from 0 to 255",
+    u16 => "a whole number from 0 to 65535",
+    u32 => "a whole number from 0 to 4294967295",
+    u64 => "a whole number, not negative",
+    usize => "a whole number, not negative"
+);
+
+impl Field for Duration {
+    const EXPECTED: &'static str = "a duration like \"500ms\", \"10s\", \"5m\" or \"2h\"";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| format!("is {} without a unit", kind(value)))?;
+        let bad = || format!("\"{text}\" is not a duration");
+        let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+        let (digits, unit) = text.split_at(split);
+        let n: u64 = digits.parse().map_err(|_| bad())?;
+        let scale_ms = match unit.trim() {
+            "ms" => 1,
+            "s" => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return Err(bad()),
+        };
+        n.checked_mul(scale_ms).map(Duration::from_millis).ok_or_else(bad)
+    }
+}
+
+/// A size in bytes, written with a unit: `"64KiB"`, `"2MiB"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub usize);
+
+impl Field for Bytes {
+    const EXPECTED: &'static str = "a size like \"16KiB\", \"2MiB\" or \"1GiB\"";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| format!("is {} without a unit", kind(value)))?;
+        let bad = || format!("\"{text}\" is not a size");
+        let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+        let (digits, unit) = text.split_at(split);
+        let n: usize = digits.parse().map_err(|_| bad())?;
+        let scale = match unit.trim() {
+            "B" => 1,
+            "KiB" => 1 << 10,
+            "MiB" => 1 << 20,
+            "GiB" => 1 << 30,
+            _ => return Err(bad()),
+        };
+        n.checked_mul(scale).map(Bytes).ok_or_else(bad)
+    }
+}
+
+impl Field for SocketAddr {
+    const EXPECTED: &'static str = "an address with a port like \"0.0.0.0:443\" or \"[::]:443\"";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| format!("is {}", kind(value)))?;
+        text.parse().map_err(|_| format!("\"{text}\" is not an address with a port"))
+    }
+}
+
+/// Any JSON value, as it is.
+impl Field for Value {
+    const EXPECTED: &'static str = "any value";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        Ok(value.clone())
+    }
+}
+
+impl<T: Field> Field for Vec<T> {
+    const EXPECTED: &'static str = "a list";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let list = value.as_array().ok_or_else(|| format!("is {}, not a list", kind(value)))?;
+        list.iter()
+            .enumerate()
+            .map(|(i, item)| T::from_value(item).map_err(|e| format!("item {i} {e} (each: {})", T::EXPECTED)))
+            .collect()
+    }
+}
+
+/// A field whose text form is checked by its type's `FromStr`.
+#[macro_export]
+macro_rules! text_field {
+    ($t:ty, $expected:literal) => {
+        impl $crate::fields::Field for $t {
+            const EXPECTED: &'static str = $expected;
+            fn from_value(value: &serde_json::Value) -> Result<Self, String> {
+                let text = value.as_str().ok_or_else(|| "is not a string".to_owned())?;
+                text.parse().map_err(|e| format!("\"{}\" {e}", text.escape_debug()))
+            }
+        }
+    };
+}

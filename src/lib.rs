@@ -1,0 +1,13 @@
+//! # adit
+//!
+//! THE MAP (grows with the code).
+
+pub mod dial;
+pub mod error;
+pub mod feed;
+pub mod fields;
+pub mod metrics;
+pub mod model;
+pub mod routes;
+pub mod stream;
+pub mod visit_log;

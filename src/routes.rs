@@ -1,0 +1,317 @@
+//! The route table: which socket answers to this name or port, which tunnels
+//! serve it, which key may serve which tunnel. Written by the feed's follower
+//! alone, read by every visit; a lookup hands out an `Arc`, never a map guard.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use dashmap::DashMap;
+use parking_lot::Mutex;
+
+use crate::model::{HostName, Socket, SocketId, Tunnel, TunnelId};
+
+/// All that a visit needs to know of its socket.
+#[derive(Debug)]
+pub struct Route {
+    /// The record.
+    pub socket: Socket,
+    /// The tunnels that serve it, by id.
+    pub tunnels: Vec<TunnelId>,
+    /// What outlives a change of the record.
+    pub state: Arc<RouteState>,
+}
+
+/// The part of a route that a new version of its record takes over.
+#[derive(Debug, Default)]
+pub struct RouteState {
+    turn: AtomicUsize,
+    /// Visitors connected to this socket now.
+    pub visitors: Arc<AtomicUsize>,
+}
+
+impl Route {
+    /// The tunnels in the order in which this visit should try them: round
+    /// robin over visits.
+    pub fn tunnels_in_turn(&self) -> impl Iterator<Item = &TunnelId> {
+        let turn = self.state.turn.fetch_add(1, Ordering::Relaxed);
+        let split = turn.checked_rem(self.tunnels.len()).unwrap_or(0);
+        let (before, after) = self.tunnels.split_at(split);
+        after.iter().chain(before)
+    }
+}
+
+/// The table. Cheap to read from any thread.
+#[derive(Debug, Default)]
+pub struct Routes {
+    by_id: DashMap<SocketId, Arc<Route>>,
+    by_host: DashMap<Box<str>, Arc<Route>>,
+    by_port: DashMap<u16, Arc<Route>>,
+    tunnels: DashMap<TunnelId, Arc<Tunnel>>,
+    by_relay: DashMap<(Box<str>, u16), TunnelId>,
+    of_socket: DashMap<SocketId, Vec<TunnelId>>,
+    by_key: DashMap<Box<str>, Vec<TunnelId>>,
+    by_authority: DashMap<Box<str>, Vec<TunnelId>>,
+    /// Held by the one writer; guards against a second.
+    writer: Mutex<()>,
+}
+
+impl Routes {
+    /// The socket that answers to this name: exact names beat wildcards, a
+    /// wildcard is one label deep. `host` is lower case, without port.
+    pub fn by_host(&self, host: &str) -> Option<Arc<Route>> {
+        if let Some(exact) = self.by_host.get(host) {
+            return Some(Arc::clone(&exact));
+        }
+        let (_, rest) = host.split_once('.')?;
+        // The only allocation of a lookup, and only for names without an exact entry.
+        let mut wildcard = String::with_capacity(rest.len() + 2);
+        wildcard.push_str("*.");
+        wildcard.push_str(rest);
+        self.by_host.get(wildcard.as_str()).map(|r| Arc::clone(&r))
+    }
+
+    /// The socket that owns this port.
+    pub fn by_port(&self, port: u16) -> Option<Arc<Route>> {
+        self.by_port.get(&port).map(|r| Arc::clone(&r))
+    }
+
+    /// The socket with this id.
+    pub fn socket(&self, id: &SocketId) -> Option<Arc<Route>> {
+        self.by_id.get(id).map(|r| Arc::clone(&r))
+    }
+
+    /// The tunnel with this id.
+    pub fn tunnel(&self, id: &TunnelId) -> Option<Arc<Tunnel>> {
+        self.tunnels.get(id).map(|t| Arc::clone(&t))
+    }
+
+    /// The tunnel that (SSH user, relay port) names.
+    pub fn by_relay(&self, user: &str, port: u16) -> Option<Arc<Tunnel>> {
+        // A borrowed pair cannot look up an owned one; logins are rare.
+        let id = self.by_relay.get(&(user.into(), port)).map(|id| id.clone())?;
+        self.tunnel(&id)
+    }
+
+    /// The tunnels of a socket, by id.
+    pub fn tunnels_of(&self, socket: &SocketId) -> Vec<Arc<Tunnel>> {
+        let ids = self.of_socket.get(socket).map(|ids| ids.clone()).unwrap_or_default();
+        ids.iter().filter_map(|id| self.tunnel(id)).collect()
+    }
+
+    /// Whether any tunnel's record names this key (by fingerprint).
+    pub fn knows_key(&self, fingerprint: &str) -> bool {
+        self.by_key.contains_key(fingerprint)
+    }
+
+    /// Whether any tunnel's record trusts this CA (by fingerprint).
+    pub fn knows_authority(&self, fingerprint: &str) -> bool {
+        self.by_authority.contains_key(fingerprint)
+    }
+
+    /// All ports that sockets own, for the listeners.
+    pub fn ports(&self) -> Vec<u16> {
+        self.by_port.iter().map(|r| *r.key()).collect()
+    }
+
+    /// How many sockets and tunnels there are.
+    pub fn size(&self) -> (usize, usize) {
+        (self.by_id.len(), self.tunnels.len())
+    }
+
+    /// The ids of all sockets, for a resync's diff.
+    pub fn socket_ids(&self) -> Vec<SocketId> {
+        self.by_id.iter().map(|r| r.key().clone()).collect()
+    }
+
+    /// The ids of all tunnels, for a resync's diff.
+    pub fn tunnel_ids(&self) -> Vec<TunnelId> {
+        self.tunnels.iter().map(|r| r.key().clone()).collect()
+    }
+
+    /// Puts a socket in, in place of its former version.
+    pub fn put_socket(&self, socket: Socket) {
+        let _writer = self.writer.lock();
+        let old = self.by_id.get(&socket.id).map(|r| Arc::clone(&r));
+        let tunnels = self.of_socket.get(&socket.id).map(|t| t.clone()).unwrap_or_default();
+        let state = old.as_ref().map(|r| Arc::clone(&r.state)).unwrap_or_default();
+        self.publish(Arc::new(Route { socket, tunnels, state }), old.as_deref());
+    }
+
+    /// Takes a socket out. Visits that hold its `Arc` go on.
+    pub fn remove_socket(&self, id: &SocketId) {
+        let _writer = self.writer.lock();
+        if let Some((_, old)) = self.by_id.remove(id) {
+            self.unpublish_names(&old, |_| true, |_| true);
+        }
+    }
+
+    /// Puts a tunnel in, in place of its former version.
+    pub fn put_tunnel(&self, tunnel: Tunnel) {
+        let _writer = self.writer.lock();
+        let id = tunnel.id.clone();
+        let socket = tunnel.socket.clone();
+        if let Some((_, old)) = self.tunnels.remove(&id) {
+            self.forget_tunnel(&old, old.socket != socket);
+        }
+        if let (Some(user), Some(port)) = (&tunnel.user, tunnel.relay_port) {
+            self.by_relay.insert((user.as_str().into(), port), id.clone());
+        }
+        for key in &tunnel.keys {
+            insert_sorted(&mut self.by_key.entry(key.fingerprint.as_str().into()).or_default(), &id);
+        }
+        for ca in &tunnel.cert_authorities {
+            insert_sorted(&mut self.by_authority.entry(ca.fingerprint.as_str().into()).or_default(), &id);
+        }
+        self.tunnels.insert(id.clone(), Arc::new(tunnel));
+        let grown = insert_sorted(&mut self.of_socket.entry(socket.clone()).or_default(), &id);
+        if grown {
+            self.republish(&socket);
+        }
+    }
+
+    /// Takes a tunnel out.
+    pub fn remove_tunnel(&self, id: &TunnelId) {
+        let _writer = self.writer.lock();
+        if let Some((_, old)) = self.tunnels.remove(id) {
+            self.forget_tunnel(&old, true);
+        }
+    }
+
+    fn forget_tunnel(&self, old: &Tunnel, leaves_socket: bool) {
+        if let (Some(user), Some(port)) = (&old.user, old.relay_port) {
+            self.by_relay.remove_if(&(user.as_str().into(), port), |_, id| *id == old.id);
+        }
+        for key in &old.keys {
+            remove_sorted(&self.by_key, key.fingerprint.as_str(), &old.id);
+        }
+        for ca in &old.cert_authorities {
+            remove_sorted(&self.by_authority, ca.fingerprint.as_str(), &old.id);
+        }
+        if leaves_socket {
+            if let Some(mut ids) = self.of_socket.get_mut(&old.socket) {
+                ids.retain(|id| *id != old.id);
+            }
+            self.of_socket.remove_if(&old.socket, |_, ids| ids.is_empty());
+            self.republish(&old.socket);
+        }
+    }
+
+    /// A socket's tunnels changed: a new `Route` with the same record.
+    fn republish(&self, id: &SocketId) {
+        if let Some(old) = self.socket(id) {
+            let tunnels = self.of_socket.get(id).map(|t| t.clone()).unwrap_or_default();
+            let new = Route { socket: old.socket.clone(), tunnels, state: Arc::clone(&old.state) };
+            self.publish(Arc::new(new), Some(&old));
+        }
+    }
+
+    /// New names first, then the old ones that are no longer wanted, so that a
+    /// name both have is never missing in between.
+    fn publish(&self, new: Arc<Route>, old: Option<&Route>) {
+        if new.socket.kind.by_name() {
+            for name in &new.socket.hostnames {
+                self.by_host.insert(name.as_str().into(), Arc::clone(&new));
+            }
+        }
+        for port in &new.socket.ports {
+            self.by_port.insert(*port, Arc::clone(&new));
+        }
+        if let Some(old) = old {
+            let (named, socket) = (new.socket.kind.by_name(), &new.socket);
+            self.unpublish_names(
+                old,
+                |name| !named || !socket.hostnames.iter().any(|n| n.as_str() == name),
+                |port| !socket.ports.contains(&port),
+            );
+        }
+        self.by_id.insert(new.socket.id.clone(), new);
+    }
+
+    fn unpublish_names(&self, old: &Route, drop_name: impl Fn(&str) -> bool, drop_port: impl Fn(u16) -> bool) {
+        for name in old.socket.hostnames.iter().map(|n| n.as_str()).filter(|n| drop_name(n)) {
+            self.by_host.remove_if(name, |_, r| r.socket.id == old.socket.id);
+        }
+        for port in old.socket.ports.iter().filter(|p| drop_port(**p)) {
+            self.by_port.remove_if(port, |_, r| r.socket.id == old.socket.id);
+        }
+    }
+
+    /// Whether a TLS connection made for `sni` may carry a request for `host`
+    /// by name alone: the same name. (Coalescing is decided by the certificate.)
+    pub fn same_name(sni: Option<&HostName>, host: &str) -> bool {
+        sni.is_some_and(|sni| sni.as_str() == host)
+    }
+}
+
+/// Whether it was not there yet.
+fn insert_sorted(ids: &mut Vec<TunnelId>, id: &TunnelId) -> bool {
+    match ids.binary_search(id) {
+        Ok(_) => false,
+        Err(at) => {
+            ids.insert(at, id.clone());
+            true
+        }
+    }
+}
+
+fn remove_sorted(map: &DashMap<Box<str>, Vec<TunnelId>>, key: &str, id: &TunnelId) {
+    if let Some(mut ids) = map.get_mut(key) {
+        ids.retain(|i| i != id);
+    }
+    map.remove_if(key, |_, ids| ids.is_empty());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::SocketType;
+
+    fn socket(id: &str, kind: SocketType, hosts: &[&str], ports: &[u16]) -> Socket {
+        let mut socket = Socket::new(id.parse().unwrap(), kind);
+        socket.hostnames = hosts.iter().map(|h| h.parse().unwrap()).collect();
+        socket.ports = ports.to_vec();
+        socket
+    }
+
+    fn id_of(route: Option<Arc<Route>>) -> Option<String> {
+        route.map(|r| r.socket.id.to_string())
+    }
+
+    #[test]
+    fn exact_names_beat_wildcards_and_a_wildcard_is_one_label_deep() {
+        let routes = Routes::default();
+        routes.put_socket(socket("any", SocketType::Http, &["*.example.com"], &[]));
+        routes.put_socket(socket("web", SocketType::Http, &["web.example.com"], &[]));
+        assert_eq!(id_of(routes.by_host("web.example.com")).as_deref(), Some("web"));
+        assert_eq!(id_of(routes.by_host("x.example.com")).as_deref(), Some("any"));
+        assert_eq!(id_of(routes.by_host("a.x.example.com")), None);
+        assert_eq!(id_of(routes.by_host("example.com")), None);
+    }
+
+    #[test]
+    fn a_changed_record_drops_only_the_names_it_lost() {
+        let routes = Routes::default();
+        routes.put_socket(socket("a", SocketType::Http, &["a.test", "b.test"], &[]));
+        routes.put_socket(socket("a", SocketType::Http, &["b.test", "c.test"], &[]));
+        assert_eq!(id_of(routes.by_host("a.test")), None);
+        assert!(routes.by_host("b.test").is_some() && routes.by_host("c.test").is_some());
+        routes.put_socket(socket("a", SocketType::Tcp, &[], &[20000]));
+        assert!(routes.by_host("b.test").is_none() && routes.by_port(20000).is_some());
+        routes.remove_socket(&"a".parse().unwrap());
+        assert!(routes.by_port(20000).is_none() && routes.size() == (0, 0));
+    }
+
+    #[test]
+    fn tunnels_take_turns_and_follow_their_records() {
+        let routes = Routes::default();
+        let (one, two): (TunnelId, TunnelId) = ("t1".parse().unwrap(), "t2".parse().unwrap());
+        routes.put_tunnel(Tunnel::new(one.clone(), "a".parse().unwrap()));
+        routes.put_socket(socket("a", SocketType::Http, &["a.test"], &[]));
+        routes.put_tunnel(Tunnel::new(two.clone(), "a".parse().unwrap()));
+        let firsts: Vec<_> =
+            (0..4).map(|_| routes.by_host("a.test").unwrap().tunnels_in_turn().next().cloned().unwrap()).collect();
+        assert_eq!(firsts, [one.clone(), two.clone(), one.clone(), two.clone()]);
+        routes.remove_tunnel(&one);
+        assert_eq!(routes.by_host("a.test").unwrap().tunnels, [two]);
+    }
+}

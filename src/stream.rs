@@ -1,0 +1,169 @@
+//! A byte stream of one visit: either a bare `TcpStream` (which the kernel can
+//! splice) or anything else (TLS, an SSH channel), with bytes that were peeked
+//! put back in front. Who opens, routes or relays streams is elsewhere.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+/// What a stream must be able to do besides moving bytes.
+pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {
+    /// Ends the stream so that the far end can tell it from a clean end
+    /// (TCP: RST). Called once, right before the stream is dropped.
+    fn reset(&mut self);
+}
+
+enum Io {
+    Tcp(TcpStream),
+    Other(Box<dyn Duplex>),
+}
+
+/// One end of a visit. Reads give the put-back bytes first.
+pub struct Stream {
+    head: Bytes,
+    io: Io,
+}
+
+impl Stream {
+    /// A bare TCP connection: relayed by splice where the other end is one too.
+    pub fn tcp(tcp: TcpStream) -> Self {
+        Self { head: Bytes::new(), io: Io::Tcp(tcp) }
+    }
+
+    /// Anything that is not a bare TCP connection.
+    pub fn other(io: impl Duplex + 'static) -> Self {
+        Self { head: Bytes::new(), io: Io::Other(Box::new(io)) }
+    }
+
+    /// Puts bytes back in front of what is still to be read.
+    #[must_use]
+    pub fn with_head(mut self, head: Bytes) -> Self {
+        debug_assert!(self.head.is_empty(), "a head is put back once");
+        self.head = head;
+        self
+    }
+
+    /// Takes the put-back bytes that nobody has read yet.
+    pub fn take_head(&mut self) -> Bytes {
+        std::mem::take(&mut self.head)
+    }
+
+    /// The bare TCP connection, where this is one and no put-back byte is left.
+    pub fn as_tcp(&self) -> Option<&TcpStream> {
+        match &self.io {
+            Io::Tcp(tcp) if self.head.is_empty() => Some(tcp),
+            _ => None,
+        }
+    }
+
+    /// Ends the stream abnormally: the far end sees a reset, never a clean end
+    /// that would make a truncated answer look complete.
+    pub fn reset(mut self) {
+        Duplex::reset(&mut self);
+    }
+}
+
+impl Duplex for Stream {
+    fn reset(&mut self) {
+        match &mut self.io {
+            Io::Tcp(tcp) => Duplex::reset(tcp),
+            Io::Other(io) => io.reset(),
+        }
+    }
+}
+
+impl Duplex for TcpStream {
+    fn reset(&mut self) {
+        // SO_LINGER 0: close(2) sends RST and drops what is queued.
+        let _ = socket2::SockRef::from(&*self).set_linger(Some(std::time::Duration::ZERO));
+    }
+}
+
+impl<S: Duplex> Duplex for tokio_rustls::server::TlsStream<S> {
+    fn reset(&mut self) {
+        self.get_mut().0.reset();
+    }
+}
+
+impl<S: Duplex> Duplex for tokio_rustls::client::TlsStream<S> {
+    fn reset(&mut self) {
+        self.get_mut().0.reset();
+    }
+}
+
+/// An in-memory pair, for tests of what stands above streams.
+impl Duplex for tokio::io::DuplexStream {
+    fn reset(&mut self) {}
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if !self.head.is_empty() {
+            let n = self.head.len().min(buf.remaining());
+            if let Some(chunk) = self.head.get(..n) {
+                buf.put_slice(chunk);
+            }
+            self.head.advance(n);
+            return Poll::Ready(Ok(()));
+        }
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_read(cx, buf),
+            Io::Other(io) => Pin::new(io).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_write(cx, buf),
+            Io::Other(io) => Pin::new(io).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_write_vectored(cx, bufs),
+            Io::Other(io) => Pin::new(io).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.io {
+            Io::Tcp(tcp) => tcp.is_write_vectored(),
+            Io::Other(io) => io.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_flush(cx),
+            Io::Other(io) => Pin::new(io).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_shutdown(cx),
+            Io::Other(io) => Pin::new(io).poll_shutdown(cx),
+        }
+    }
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = match self.io {
+            Io::Tcp(_) => "tcp",
+            Io::Other(_) => "other",
+        };
+        f.debug_struct("Stream").field("io", &kind).field("head", &self.head.len()).finish()
+    }
+}
