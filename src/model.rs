@@ -88,7 +88,7 @@ impl HostName {
 impl FromStr for HostName {
     type Err = &'static str;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(Self(checked_name(text)?.into()))
+        Ok(Self(checked_name(text)?.as_ref().into()))
     }
 }
 
@@ -105,8 +105,9 @@ impl fmt::Display for HostName {
 }
 
 /// Lower-cases and checks one DNS name (RFC 1123 labels, `_` allowed).
-fn checked_name(text: &str) -> Result<String, &'static str> {
-    let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+/// Allocates only where the name is not in its normal form already.
+fn checked_name(text: &str) -> Result<Cow<'_, str>, &'static str> {
+    let name = text.strip_suffix('.').unwrap_or(text);
     let label_good = |l: &str| {
         (1..=63).contains(&l.len())
             && !l.starts_with('-')
@@ -116,7 +117,10 @@ fn checked_name(text: &str) -> Result<String, &'static str> {
     if name.len() > 253 || !name.split('.').all(label_good) {
         return Err("is not a host name");
     }
-    Ok(name)
+    if name.bytes().any(|b| b.is_ascii_uppercase()) {
+        return Ok(Cow::Owned(name.to_ascii_lowercase()));
+    }
+    Ok(Cow::Borrowed(name))
 }
 
 /// The authority of a request (`Host`, `:authority`) without its port, checked
@@ -137,12 +141,10 @@ pub fn authority_host(authority: &str) -> Result<Cow<'_, str>, &'static str> {
     if !port.is_empty() && (!port.bytes().all(|b| b.is_ascii_digit()) || port.parse::<u16>().is_err()) {
         return Err(bad);
     }
-    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.' | b'_');
-    if host.contains(':') || (host.bytes().all(plain) && !host.ends_with('.') && !host.is_empty() && host.len() <= 253)
-    {
+    if host.contains(':') {
         return Ok(Cow::Borrowed(host));
     }
-    checked_name(host).map(Cow::Owned).map_err(|_| bad)
+    checked_name(host).map_err(|_| bad)
 }
 
 /// A name that a socket or certificate answers to: exact, or `*.` and a name.
@@ -166,7 +168,7 @@ impl FromStr for HostPattern {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.strip_prefix("*.") {
             Some(rest) => Ok(Self(format!("*.{}", checked_name(rest)?).into())),
-            None => Ok(Self(checked_name(text)?.into())),
+            None => Ok(Self(checked_name(text)?.as_ref().into())),
         }
     }
 }
