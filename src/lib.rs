@@ -2,12 +2,15 @@
 //!
 //! THE MAP (grows with the code).
 
+pub mod config;
 pub mod dial;
 pub mod error;
 pub mod feed;
 pub mod fields;
 pub mod metrics;
 pub mod model;
+pub mod node;
 pub mod routes;
 pub mod stream;
+pub mod tls;
 pub mod visit_log;
