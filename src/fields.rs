@@ -4,7 +4,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -29,7 +29,7 @@ impl fmt::Display for Mistake {
 }
 
 /// A value that one field can hold.
-pub trait Field: Sized {
+pub trait Field: Sized + fmt::Debug {
     /// What a good value looks like, for the fix: `a duration like "10s"`.
     const EXPECTED: &'static str;
     /// # Errors
@@ -37,28 +37,70 @@ pub trait Field: Sized {
     fn from_value(value: &Value) -> Result<Self, String>;
 }
 
+/// A key that somebody reads, for the test that holds the documented settings
+/// equal to the code.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// The key's path, dotted.
+    pub at: String,
+    /// Its default as `Debug` shows it; none where the key may be left out.
+    pub default: Option<String>,
+}
+
+/// What all tables of one tree gather.
+#[derive(Default)]
+struct Gathered {
+    mistakes: Vec<Mistake>,
+    /// Only where asked for: records are read far too often.
+    known: Option<Vec<Known>>,
+}
+
 /// The fields of one table, taken one by one; mistakes gather in the root.
 pub struct Fields {
     path: String,
     map: Map<String, Value>,
     known: Vec<String>,
-    mistakes: Rc<RefCell<Vec<Mistake>>>,
+    gathered: Rc<RefCell<Gathered>>,
 }
 
 impl Fields {
     /// The root table.
     pub fn new(map: Map<String, Value>) -> Self {
-        Self { path: String::new(), map, known: Vec::new(), mistakes: Rc::default() }
+        Self { path: String::new(), map, known: Vec::new(), gathered: Rc::default() }
+    }
+
+    /// A root table that also remembers every key that is read (`known`).
+    pub fn remembering(map: Map<String, Value>) -> Self {
+        let fields = Self::new(map);
+        fields.gathered.borrow_mut().known = Some(Vec::new());
+        fields
+    }
+
+    /// Every key read so far in a tree that remembers them.
+    pub fn known(&self) -> Vec<Known> {
+        self.gathered.borrow().known.clone().unwrap_or_default()
+    }
+
+    fn remember(&self, key: &str, default: Option<&dyn fmt::Debug>) {
+        if let Some(known) = &mut self.gathered.borrow_mut().known {
+            known.push(Known { at: self.at(key), default: default.map(|d| format!("{d:?}")) });
+        }
     }
 
     /// The value at `key`, or `default` where it is absent (or wrong: then the
     /// mistake is recorded and the default only lets reading go on).
     pub fn take<T: Field>(&mut self, key: &str, default: T) -> T {
-        self.optional(key).unwrap_or(default)
+        self.remember(key, Some(&default));
+        self.read(key).unwrap_or(default)
     }
 
     /// The value at `key`, if it is there and not null.
     pub fn optional<T: Field>(&mut self, key: &str) -> Option<T> {
+        self.remember(key, None);
+        self.read(key)
+    }
+
+    fn read<T: Field>(&mut self, key: &str) -> Option<T> {
         self.known.push(key.to_owned());
         let value = self.map.remove(key).filter(|v| !v.is_null())?;
         match T::from_value(&value) {
@@ -91,7 +133,7 @@ impl Fields {
                 Map::new()
             }
         };
-        Fields { path: self.at(key), map, known: Vec::new(), mistakes: Rc::clone(&self.mistakes) }
+        Fields { path: self.at(key), map, known: Vec::new(), gathered: Rc::clone(&self.gathered) }
     }
 
     /// Whether `key` is present and has not been taken yet.
@@ -101,7 +143,7 @@ impl Fields {
 
     /// Records a mistake at `key` of this table.
     pub fn mistake(&self, key: &str, problem: String, fix: String) {
-        self.mistakes.borrow_mut().push(Mistake { at: self.at(key), problem, fix });
+        self.gathered.borrow_mut().mistakes.push(Mistake { at: self.at(key), problem, fix });
     }
 
     /// What nobody took: the unknown fields of a record, kept as they are.
@@ -111,7 +153,7 @@ impl Fields {
 
     /// Every key that nobody took is a mistake (settings: a misspelt key must
     /// not be silently ignored).
-    pub fn refuse_rest(self) {
+    pub fn refuse_rest(&self) {
         for key in self.map.keys() {
             let fix = match nearest(key, &self.known) {
                 Some(near) => format!("did you mean \"{near}\"?"),
@@ -123,7 +165,7 @@ impl Fields {
 
     /// All mistakes so far, of this table and all that came from the same root.
     pub fn mistakes(&self) -> Vec<Mistake> {
-        self.mistakes.borrow().clone()
+        self.gathered.borrow().mistakes.clone()
     }
 
     fn at(&self, key: &str) -> String {
@@ -264,6 +306,53 @@ impl Field for SocketAddr {
     fn from_value(value: &Value) -> Result<Self, String> {
         let text = value.as_str().ok_or_else(|| format!("is {}", kind(value)))?;
         text.parse().map_err(|_| format!("\"{text}\" is not an address with a port"))
+    }
+}
+
+impl Field for IpAddr {
+    const EXPECTED: &'static str = "an address without a port like \"0.0.0.0\" or \"::\"";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| format!("is {}", kind(value)))?;
+        text.parse().map_err(|_| format!("\"{text}\" is not an address without a port"))
+    }
+}
+
+/// Ports from the first to the last, both included: `"20000-20999"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortRange {
+    /// The lowest port.
+    pub first: u16,
+    /// The highest port.
+    pub last: u16,
+}
+
+impl PortRange {
+    /// Whether `port` is one of them.
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+
+    /// The ports in rising order.
+    pub fn iter(self) -> impl Iterator<Item = u16> {
+        self.first..=self.last
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
+impl Field for PortRange {
+    const EXPECTED: &'static str = "a range of ports like \"20000-20999\"";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| format!("is {}", kind(value)))?;
+        let port = |t: &str| t.trim().parse::<u16>().ok().filter(|p| *p > 0);
+        match text.split_once('-').map(|(a, b)| (port(a), port(b))) {
+            Some((Some(first), Some(last))) if first <= last => Ok(Self { first, last }),
+            _ => Err(format!("\"{}\" is not a range of ports", text.escape_debug())),
+        }
     }
 }
 

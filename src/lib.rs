@@ -2,6 +2,7 @@
 //!
 //! THE MAP (grows with the code).
 
+pub mod config;
 pub mod dial;
 pub mod drain;
 pub mod error;
@@ -10,8 +11,10 @@ pub mod fields;
 pub mod limits;
 pub mod metrics;
 pub mod model;
+pub mod node;
 pub mod routes;
 pub mod secret_file;
 pub mod stream;
 pub mod tunnel;
+pub mod tls;
 pub mod visit_log;

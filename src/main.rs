@@ -1,1 +1,144 @@
-fn main() {}
+//! Arguments, logging, runtime; and one exit code per kind of failure.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use adit::config::{Config, LogFormat, LogSettings};
+use adit::fields::Mistake;
+use adit::node;
+
+/// The node ran and then failed.
+const FAILED: u8 = 1;
+/// Arguments or settings are wrong (clap ends with the same code).
+const BAD_SETTINGS: u8 = 2;
+/// The node could not start: a port is taken, the state folder not writable.
+const NOT_STARTED: u8 = 3;
+
+/// The edge of `ssh -R`: publishes services behind NAT under names and ports.
+///
+/// Without a command it runs a node for trying things out: loopback only,
+/// everything it needs made up and kept in the state folder. It prints the ssh
+/// line to copy and the URL to open.
+#[derive(Parser)]
+#[command(version, after_help = AFTER, subcommand_precedence_over_arg = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    node: NodeArguments,
+}
+
+#[derive(Args)]
+struct NodeArguments {
+    /// Folder for all that is kept between runs [default: node.state of the settings; ./.adit without settings]
+    #[arg(long, value_name = "DIR", env = "ADIT_STATE", global = true)]
+    state: Option<PathBuf>,
+    /// Settings file (TOML); config/adit.toml explains every key
+    #[arg(long, value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a node with a settings file
+    #[command(after_help = AFTER)]
+    Run,
+    /// Check a settings file: tells every mistake at once, each with its key and how to mend it
+    #[command(after_help = "Exit codes: 0 the file is good, 2 it has mistakes")]
+    Check,
+}
+
+const AFTER: &str = "\
+Try it:
+  adit                                               a node on this machine, in one terminal
+  ssh -p 2222 -R web:80:localhost:8000 localhost     publish what listens on port 8000, in another
+  curl --cacert .adit/tls/ca.pem https://web.edge.localhost:8443/
+
+Signals: SIGTERM and SIGINT drain and end, a second one hurries; SIGHUP reads certificates again.
+Exit codes: 0 ended as told, 1 failed while running, 2 wrong arguments or settings, 3 could not start";
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let NodeArguments { state, config } = arguments.node;
+    let loaded = match (&arguments.command, &config) {
+        (None, None) => Config::dev(),
+        (_, Some(file)) => Config::load(file),
+        (Some(_), None) => {
+            eprintln!("adit: this command needs --config FILE (see adit --help)");
+            return ExitCode::from(BAD_SETTINGS);
+        }
+    };
+    let mut settings = match loaded {
+        Ok(settings) => settings,
+        Err(mistakes) => {
+            let lines = tell(&mistakes, config.as_deref());
+            if let Some(Command::Check) = arguments.command {
+                print!("{lines}");
+            } else {
+                eprint!("{lines}");
+            }
+            return ExitCode::from(BAD_SETTINGS);
+        }
+    };
+    if let Some(Command::Check) = arguments.command {
+        println!("ok");
+        return ExitCode::SUCCESS;
+    }
+    if let Some(state) = state {
+        settings.node.state = state;
+    }
+    run(settings)
+}
+
+fn run(settings: Config) -> ExitCode {
+    log_to_stderr(&settings.log);
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if settings.node.workers > 0 {
+        runtime.worker_threads(settings.node.workers);
+    }
+    let runtime = match runtime.enable_all().thread_name("adit").build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("adit: cannot start: no runtime: {error}");
+            return ExitCode::from(NOT_STARTED);
+        }
+    };
+    let ended = runtime.block_on(node::run(settings));
+    // Blocking reads (a store on a hung disk) must not keep the process alive.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let (what, code) = if failure.at_start() { ("cannot start", NOT_STARTED) } else { ("failed", FAILED) };
+            eprintln!("adit: {what}: {failure}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Every mistake of a file in lines: where, what, how to mend it.
+fn tell(mistakes: &[Mistake], file: Option<&Path>) -> String {
+    let name = file.map_or("settings".into(), |f| f.display().to_string());
+    let count = mistakes.len();
+    let mut out = format!("{name}: {count} mistake{}\n", if count == 1 { "" } else { "s" });
+    for Mistake { at, problem, fix } in mistakes {
+        out.push_str(&format!("  {at}: {problem}\n      fix: {fix}\n"));
+    }
+    out
+}
+
+/// The log goes to standard error; standard output is for what an owner copies.
+fn log_to_stderr(settings: &LogSettings) {
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = match settings.format {
+        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    };
+    tracing_subscriber::registry().with(layer.with_filter(settings.level.0.clone())).init();
+}

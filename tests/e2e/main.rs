@@ -1,1 +1,3 @@
+//! Real nodes, real clients, real origins: one scenario per file.
+
 fn main() {}

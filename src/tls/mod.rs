@@ -1,0 +1,743 @@
+//! TLS towards visitors: which certificate answers to which name, and the
+//! handshake. Where certificates come from (the feed, files, made up in `dev`)
+//! is up to whoever puts them here; TLS towards origins is elsewhere.
+
+pub mod dev;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::RwLock;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{Acceptor, ClientHello, NoServerSessionStorage};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{ServerConfig, SignatureAlgorithm};
+use tokio::io::AsyncWriteExt;
+use tokio_rustls::LazyConfigAcceptor;
+
+use crate::error::Error;
+use crate::fields::Fields;
+use crate::model::{Certificate, CertificateId, HostName, HostPattern};
+use crate::stream::Stream;
+use crate::text_field;
+
+/// `[tls]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Chain of the default certificate (PEM file).
+    pub default_certificate: Option<PathBuf>,
+    /// Its key (PEM file).
+    pub default_key: Option<PathBuf>,
+    /// Whether to make up a CA and the default certificate.
+    pub make_certificate: bool,
+    /// What meets a visitor who names a host without a certificate.
+    pub unknown_sni: UnknownSni,
+    /// From the first byte of a handshake to its end.
+    pub handshake_deadline: Duration,
+    /// The oldest version served.
+    pub min_version: Version,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            default_certificate: None,
+            default_key: None,
+            make_certificate: false,
+            unknown_sni: UnknownSni::Default,
+            handshake_deadline: Duration::from_secs(10),
+            min_version: Version::Tls12,
+        }
+    }
+}
+
+impl Settings {
+    /// Reads the section; mistakes gather in `f`.
+    pub fn read(f: &mut Fields) -> Self {
+        let usual = Self::default();
+        let settings = Self {
+            default_certificate: f.optional("default_certificate"),
+            default_key: f.optional("default_key"),
+            make_certificate: f.take("make_certificate", usual.make_certificate),
+            unknown_sni: f.take("unknown_sni", usual.unknown_sni),
+            handshake_deadline: f.take("handshake_deadline", usual.handshake_deadline),
+            min_version: f.take("min_version", usual.min_version),
+        };
+        match (&settings.default_certificate, &settings.default_key) {
+            (Some(_), None) => f.mistake("default_key", "is missing".into(), "name the certificate's key".into()),
+            (None, Some(_)) => {
+                f.mistake("default_certificate", "is missing".into(), "name the key's certificate".into());
+            }
+            (Some(_), Some(_)) if settings.make_certificate => {
+                let problem = "would replace default_certificate".to_owned();
+                f.mistake("make_certificate", problem, "leave out the one or the other".into());
+            }
+            _ => {}
+        }
+        if settings.handshake_deadline.is_zero() {
+            f.mistake("handshake_deadline", "leaves no time".into(), "write at least \"1s\"".into());
+        }
+        settings
+    }
+}
+
+/// What meets a visitor who names a host without a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownSni {
+    /// The default certificate.
+    Default,
+    /// The alert `unrecognized_name`.
+    Refuse,
+}
+
+impl FromStr for UnknownSni {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "default" => Ok(Self::Default),
+            "refuse" => Ok(Self::Refuse),
+            _ => Err("is not known"),
+        }
+    }
+}
+text_field!(UnknownSni, "\"default\" or \"refuse\"");
+
+/// A TLS version that can be the oldest served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// TLS 1.2.
+    Tls12,
+    /// TLS 1.3.
+    Tls13,
+}
+
+impl FromStr for Version {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "1.2" => Ok(Self::Tls12),
+            "1.3" => Ok(Self::Tls13),
+            _ => Err("is not a version served here"),
+        }
+    }
+}
+text_field!(Version, "\"1.2\" or \"1.3\"");
+
+/// What a handshake is for.
+#[derive(Debug, Clone, Copy)]
+pub enum Purpose<'a> {
+    /// HTTP on the shared port: h2 or http/1.1 by ALPN.
+    Http,
+    /// A `tls` socket: no ALPN, and its own names where the visitor names none
+    /// that is known.
+    Raw {
+        /// The socket's host names.
+        own: &'a [HostPattern],
+    },
+}
+
+/// A visitor's TLS connection, made.
+#[derive(Debug)]
+pub struct Accepted {
+    /// What the visitor says inside TLS.
+    pub stream: Stream,
+    /// The name that the visitor asked for.
+    pub sni: Option<HostName>,
+    /// Whether HTTP/2 was agreed on.
+    pub h2: bool,
+    /// The certificate that was presented.
+    pub certificate: Arc<Presentable>,
+}
+
+/// A certificate with its key, ready for handshakes.
+#[derive(Debug)]
+pub struct Presentable {
+    key: Arc<CertifiedKey>,
+    names: Vec<HostPattern>,
+    valid: (i64, i64),
+    /// One per purpose, made when first needed and shared by all connections.
+    configs: [OnceLock<Arc<ServerConfig>>; 2],
+}
+
+impl Presentable {
+    /// The leaf's subjectAltNames.
+    pub fn names(&self) -> &[HostPattern] {
+        &self.names
+    }
+
+    /// Whether it was issued for `host` (lower case, no port): what decides 421.
+    pub fn covers(&self, host: &str) -> bool {
+        self.match_of(host).is_some()
+    }
+
+    /// How it covers the host: by its very name, or by a wildcard.
+    fn match_of(&self, host: &str) -> Option<Match> {
+        let rest = host.split_once('.').map(|(_, rest)| rest);
+        let matches = self.names.iter().filter_map(|name| match name.as_str().strip_prefix("*.") {
+            Some(suffix) => (rest == Some(suffix)).then_some(Match::Wildcard),
+            None => (name.as_str() == host).then_some(Match::Exact),
+        });
+        matches.max()
+    }
+
+    /// Whether it is valid at `now` (seconds since 1970).
+    fn valid_at(&self, now: i64) -> bool {
+        (self.valid.0..=self.valid.1).contains(&now)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Match {
+    Wildcard,
+    Exact,
+}
+
+/// The certificates of this node by name, and the handshake that presents them.
+///
+/// One writer (the feed's follower, and whoever sets the default); a change acts
+/// on the next handshake and never on a connection that is already made.
+pub struct Certificates {
+    table: RwLock<Table>,
+    provider: Arc<CryptoProvider>,
+    /// The settings common to all connections, per purpose; the key is added.
+    base: [ServerConfig; 2],
+    unknown_sni: UnknownSni,
+    handshake_deadline: Duration,
+}
+
+#[derive(Default)]
+struct Table {
+    by_id: HashMap<CertificateId, Arc<Presentable>>,
+    by_name: HashMap<Box<str>, Vec<(CertificateId, Arc<Presentable>)>>,
+    default: Option<Arc<Presentable>>,
+}
+
+impl Certificates {
+    /// A table without certificates.
+    ///
+    /// # Errors
+    /// The machine gives no random bytes for ticket keys.
+    pub fn new(settings: &Settings) -> Result<Self, String> {
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        // Stateless resumption: nothing kept per visitor. rustls resumes only
+        // for the name that a ticket was made for, so sharing the keys is safe.
+        let tickets = aws_lc_rs::Ticketer::new().map_err(|e| format!("no keys for TLS tickets: {e}"))?;
+        let base = |alpn: &[&[u8]]| -> Result<ServerConfig, String> {
+            let versions: &[&rustls::SupportedProtocolVersion] = match settings.min_version {
+                Version::Tls12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
+                Version::Tls13 => &[&rustls::version::TLS13],
+            };
+            let mut config = ServerConfig::builder_with_provider(Arc::clone(&provider))
+                .with_protocol_versions(versions)
+                .map_err(|e| format!("no TLS: {e}"))?
+                .with_no_client_auth()
+                .with_cert_resolver(Arc::new(rustls::server::ResolvesServerCertUsingSni::new()));
+            config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.ticketer = Arc::clone(&tickets);
+            Ok(config)
+        };
+        let base = [base(&[b"h2", b"http/1.1"])?, base(&[])?];
+        let Settings { unknown_sni, handshake_deadline, .. } = *settings;
+        Ok(Self { table: RwLock::default(), provider, base, unknown_sni, handshake_deadline })
+    }
+
+    /// Adds a certificate, or replaces the one of the same id.
+    ///
+    /// # Errors
+    /// What is wrong with it; the one before it stays.
+    pub fn put(&self, certificate: &Certificate) -> Result<(), String> {
+        let new = Arc::new(presentable(&certificate.chain_pem, &certificate.key_pem, &self.provider)?);
+        let id = &certificate.id;
+        let mut table = self.table.write();
+        // The new one first, so that a name both have is never missing.
+        table.forget(id);
+        for name in &new.names {
+            table.by_name.entry(name.as_str().into()).or_default().push((id.clone(), Arc::clone(&new)));
+        }
+        table.by_id.insert(id.clone(), new);
+        Ok(())
+    }
+
+    /// Removes a certificate; connections that were made with it go on.
+    pub fn remove(&self, id: &CertificateId) {
+        self.table.write().forget(id);
+    }
+
+    /// The ids of all certificates but the default.
+    pub fn ids(&self) -> Vec<CertificateId> {
+        self.table.read().by_id.keys().cloned().collect()
+    }
+
+    /// Sets the certificate for visitors who name no host, or an unknown one.
+    ///
+    /// # Errors
+    /// What is wrong with it; the one before it stays.
+    pub fn put_default(&self, chain_pem: &str, key_pem: &str) -> Result<(), String> {
+        let new = presentable(chain_pem, key_pem, &self.provider)?;
+        self.table.write().default = Some(Arc::new(new));
+        Ok(())
+    }
+
+    /// Reads the default certificate from its files again, where there are any.
+    ///
+    /// # Errors
+    /// Which file or what in it is wrong; the one before it stays.
+    pub fn reload(&self, settings: &Settings) -> Result<(), String> {
+        let (Some(chain), Some(key)) = (&settings.default_certificate, &settings.default_key) else { return Ok(()) };
+        let read =
+            |path: &Path| std::fs::read_to_string(path).map_err(|e| format!("{} cannot be read: {e}", path.display()));
+        self.put_default(&read(chain)?, &read(key)?).map_err(|e| format!("{}: {e}", chain.display()))
+    }
+
+    /// The certificate that a visitor asking for `sni` is shown, or none.
+    pub fn choose(&self, sni: Option<&HostName>, purpose: Purpose<'_>) -> Option<Arc<Presentable>> {
+        self.choose_for(sni, purpose, &|_| true)
+    }
+
+    fn choose_for(
+        &self,
+        sni: Option<&HostName>,
+        purpose: Purpose<'_>,
+        usable: &dyn Fn(&Presentable) -> bool,
+    ) -> Option<Arc<Presentable>> {
+        let now = now();
+        let table = self.table.read();
+        if let Some(sni) = sni {
+            if let Some(found) = table.best(sni.as_str(), sni.wildcard().as_deref(), usable, now) {
+                return Some(found);
+            }
+            if self.unknown_sni == UnknownSni::Refuse {
+                return None;
+            }
+        }
+        let own = match purpose {
+            Purpose::Http => &[],
+            Purpose::Raw { own } => own,
+        };
+        let of_socket = own.iter().find_map(|name| table.best_for_pattern(name, usable, now));
+        of_socket.or_else(|| table.default.clone())
+    }
+
+    /// Makes a visitor's TLS connection, within the handshake deadline.
+    ///
+    /// # Errors
+    /// `TlsHandshake`: the visitor spoke wrongly or too slowly, or there is no
+    /// certificate to show.
+    ///
+    /// # Cancel safety
+    /// Dropping it closes the connection.
+    pub async fn accept(&self, stream: Stream, purpose: Purpose<'_>) -> Result<Accepted, Error> {
+        tokio::time::timeout(self.handshake_deadline, self.handshake(stream, purpose))
+            .await
+            .map_err(|_| Error::TlsHandshake)?
+    }
+
+    async fn handshake(&self, stream: Stream, purpose: Purpose<'_>) -> Result<Accepted, Error> {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
+        let hello = start.client_hello();
+        let sni: Option<HostName> = hello.server_name().and_then(|name| name.parse().ok());
+        let Some(certificate) = self.choose_for(sni.as_ref(), purpose, &|c| usable(c, &hello)) else {
+            refuse_name(start.io).await;
+            return Err(Error::TlsHandshake);
+        };
+        let tls = start.into_stream(self.config(&certificate, purpose)).await.map_err(failed)?;
+        let h2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
+        Ok(Accepted { stream: Stream::other(tls), sni, h2, certificate })
+    }
+
+    fn config(&self, certificate: &Presentable, purpose: Purpose<'_>) -> Arc<ServerConfig> {
+        let ([http, raw], [http_base, raw_base]) = (&certificate.configs, &self.base);
+        let (cell, base) = match purpose {
+            Purpose::Http => (http, http_base),
+            Purpose::Raw { .. } => (raw, raw_base),
+        };
+        let made = cell.get_or_init(|| {
+            let mut config = base.clone();
+            config.cert_resolver = Arc::new(SingleCertAndKey::from(Arc::clone(&certificate.key)));
+            Arc::new(config)
+        });
+        Arc::clone(made)
+    }
+}
+
+impl Table {
+    fn forget(&mut self, id: &CertificateId) {
+        let Some(old) = self.by_id.remove(id) else { return };
+        for name in &old.names {
+            if let Some(entries) = self.by_name.get_mut(name.as_str()) {
+                entries.retain(|(of, _)| of != id);
+                if entries.is_empty() {
+                    self.by_name.remove(name.as_str());
+                }
+            }
+        }
+    }
+
+    /// Among all that cover the host: a valid one, the exact name, an elliptic
+    /// key (cheaper for both sides than RSA), the latest to expire.
+    fn best(
+        &self,
+        host: &str,
+        wildcard: Option<&str>,
+        usable: &dyn Fn(&Presentable) -> bool,
+        now: i64,
+    ) -> Option<Arc<Presentable>> {
+        let named = |name: Option<&str>| name.and_then(|n| self.by_name.get(n)).into_iter().flatten().map(|(_, c)| c);
+        let rank = |c: &Arc<Presentable>| {
+            let elliptic = c.key.key.algorithm() != SignatureAlgorithm::RSA;
+            (usable(c), c.valid_at(now), c.match_of(host), elliptic, c.valid.1)
+        };
+        let default = self.default.iter().filter(|c| c.covers(host));
+        named(Some(host)).chain(named(wildcard)).chain(default).max_by_key(|c| rank(c)).cloned()
+    }
+
+    /// The best certificate that a socket's own name has.
+    fn best_for_pattern(
+        &self,
+        name: &HostPattern,
+        usable: &dyn Fn(&Presentable) -> bool,
+        now: i64,
+    ) -> Option<Arc<Presentable>> {
+        if name.is_wildcard() {
+            return self.best(name.as_str(), None, usable, now);
+        }
+        let wildcard = name.as_str().split_once('.').map(|(_, rest)| format!("*.{rest}"));
+        self.best(name.as_str(), wildcard.as_deref(), usable, now)
+    }
+}
+
+/// Whether this visitor can verify signatures of the certificate's key. In TLS
+/// 1.2 the cipher suite must agree with the key as well (RFC 8422 §5.1).
+fn usable(certificate: &Presentable, hello: &ClientHello<'_>) -> bool {
+    let key = &certificate.key.key;
+    if key.choose_scheme(hello.signature_schemes()).is_none() {
+        return false;
+    }
+    let rsa = key.algorithm() == SignatureAlgorithm::RSA;
+    hello.cipher_suites().iter().any(|suite| {
+        let name = suite.as_str().unwrap_or_default();
+        name.starts_with("TLS13_") || name.contains(if rsa { "ECDHE_RSA" } else { "ECDHE_ECDSA" })
+    })
+}
+
+/// Says `unrecognized_name` (RFC 6066 §3), so that the visitor's program can say
+/// more than "connection closed".
+async fn refuse_name(mut stream: Stream) {
+    const ALERT: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
+    let _ = stream.write_all(&ALERT).await;
+    let _ = stream.shutdown().await;
+}
+
+fn failed(error: std::io::Error) -> Error {
+    tracing::debug!(%error, "a TLS handshake failed");
+    Error::TlsHandshake
+}
+
+/// Checks a certificate record as `Certificates::put` would.
+///
+/// # Errors
+/// What is wrong with it; says nothing of the key's bytes.
+pub fn check(certificate: &Certificate) -> Result<(), String> {
+    presentable(&certificate.chain_pem, &certificate.key_pem, &aws_lc_rs::default_provider()).map(|_| ())
+}
+
+/// Reads chain and key, and holds them against each other.
+fn presentable(chain_pem: &str, key_pem: &str, provider: &CryptoProvider) -> Result<Presentable, String> {
+    let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
+        .collect::<Result<_, _>>()
+        .map_err(|e| format!("chain_pem is not PEM: {e}"))?;
+    let leaf = chain.first().ok_or("chain_pem holds no certificate")?;
+    let (names, valid) = leaf_facts(leaf)?;
+    for (i, link) in chain.iter().enumerate().skip(1) {
+        x509_parser::parse_x509_certificate(link).map_err(|e| format!("certificate {i} of chain_pem is bad: {e}"))?;
+    }
+    let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| "key_pem holds no private key")?;
+    let key = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
+        rustls::Error::InconsistentKeys(_) => "key_pem is not the key of chain_pem's first certificate".to_owned(),
+        _ => {
+            "key_pem holds a key of a kind that is not served (RSA 2048-8192, P-256, P-384, P-521, Ed25519)".to_owned()
+        }
+    })?;
+    Ok(Presentable { key: Arc::new(key), names, valid, configs: Default::default() })
+}
+
+/// The leaf's names and its validity in seconds since 1970.
+fn leaf_facts(leaf: &CertificateDer<'_>) -> Result<(Vec<HostPattern>, (i64, i64)), String> {
+    use x509_parser::extensions::GeneralName;
+    let (_, leaf) =
+        x509_parser::parse_x509_certificate(leaf).map_err(|e| format!("chain_pem's first certificate is bad: {e}"))?;
+    let san = leaf.subject_alternative_name().map_err(|e| format!("its subjectAltName is bad: {e}"))?;
+    // A name that no visitor can ask for (a bare IP address, a mail address) is
+    // no reason to refuse the others.
+    let names: Vec<HostPattern> = san
+        .iter()
+        .flat_map(|san| &san.value.general_names)
+        .filter_map(|name| match name {
+            GeneralName::DNSName(name) => name.parse().ok(),
+            _ => None,
+        })
+        .collect();
+    if names.is_empty() {
+        return Err("chain_pem's first certificate names no host (subjectAltName DNS)".into());
+    }
+    let validity = leaf.validity();
+    Ok((names, (validity.not_before.timestamp(), validity.not_after.timestamp())))
+}
+
+fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256};
+    use rustls::SignatureScheme;
+    use tokio::io::AsyncReadExt;
+    use tokio_rustls::TlsConnector;
+    use tokio_rustls::client::TlsStream;
+
+    use super::*;
+
+    const HTTP: Purpose<'_> = Purpose::Http;
+
+    fn made_with(id: &str, names: &[&str], days: i64, pair: &KeyPair) -> Certificate {
+        let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.not_before = time::OffsetDateTime::now_utc() - time::Duration::days(400);
+        params.not_after = time::OffsetDateTime::now_utc() + time::Duration::days(days);
+        let chain_pem = params.self_signed(pair).unwrap().pem();
+        let key_pem = pair.serialize_pem();
+        Certificate { id: id.parse().unwrap(), chain_pem, key_pem, extra: Default::default() }
+    }
+
+    fn made(id: &str, names: &[&str], days: i64) -> Certificate {
+        made_with(id, names, days, &KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap())
+    }
+
+    fn certificates() -> Certificates {
+        Certificates::new(&Settings::default()).unwrap()
+    }
+
+    fn name(text: &str) -> HostName {
+        text.parse().unwrap()
+    }
+
+    /// The first name of what `sni` is shown.
+    fn shown(certificates: &Certificates, sni: Option<&str>, purpose: Purpose<'_>) -> Option<String> {
+        certificates.choose(sni.map(name).as_ref(), purpose).map(|c| c.names()[0].to_string())
+    }
+
+    #[test]
+    fn exact_names_beat_wildcards_one_label_deep_and_the_default_takes_the_rest() {
+        let all = certificates();
+        assert_eq!(shown(&all, None, HTTP), None);
+        let default = made("default", &["edge.test", "*.edge.test"], 10);
+        all.put_default(&default.chain_pem, &default.key_pem).unwrap();
+        all.put(&made("any", &["*.a.test"], 10)).unwrap();
+        all.put(&made("one", &["one.a.test"], 5)).unwrap();
+        assert_eq!(shown(&all, Some("one.a.test"), HTTP).as_deref(), Some("one.a.test"));
+        assert_eq!(shown(&all, Some("two.a.test"), HTTP).as_deref(), Some("*.a.test"));
+        for sni in [Some("x.two.a.test"), Some("a.test"), Some("web.edge.test"), None] {
+            assert_eq!(shown(&all, sni, HTTP).as_deref(), Some("edge.test"), "{sni:?}");
+        }
+        all.remove(&"one".parse().unwrap());
+        assert_eq!(shown(&all, Some("one.a.test"), HTTP).as_deref(), Some("*.a.test"));
+        let shown = all.choose(Some(&name("one.a.test")), HTTP).unwrap();
+        assert!(shown.covers("b.a.test") && !shown.covers("a.test") && !shown.covers("c.b.a.test"));
+    }
+
+    #[test]
+    fn a_raw_socket_shows_its_own_certificate_where_the_visitor_names_none() {
+        let all = certificates();
+        let default = made("default", &["edge.test"], 10);
+        all.put_default(&default.chain_pem, &default.key_pem).unwrap();
+        all.put(&made("own", &["db.own.test"], 10)).unwrap();
+        all.put(&made("any", &["*.wild.test"], 10)).unwrap();
+        let own = ["missing.test".parse().unwrap(), "db.own.test".parse().unwrap()];
+        assert_eq!(shown(&all, None, Purpose::Raw { own: &own }).as_deref(), Some("db.own.test"));
+        assert_eq!(shown(&all, Some("unknown.test"), Purpose::Raw { own: &own }).as_deref(), Some("db.own.test"));
+        let wild = ["a.wild.test".parse().unwrap()];
+        assert_eq!(shown(&all, None, Purpose::Raw { own: &wild }).as_deref(), Some("*.wild.test"));
+        assert_eq!(shown(&all, None, Purpose::Raw { own: &[] }).as_deref(), Some("edge.test"));
+    }
+
+    #[test]
+    fn of_several_for_a_name_the_latest_to_expire_is_shown_and_an_expired_one_only_alone() {
+        let all = certificates();
+        let put = |id: &str, days: i64| all.put(&made(id, &["a.test", &format!("{id}.test")], days)).unwrap();
+        let second = || all.choose(Some(&name("a.test")), HTTP).unwrap().names()[1].to_string();
+        put("expired", -1);
+        assert_eq!(second(), "expired.test");
+        put("late", 20);
+        put("soon", 5);
+        assert_eq!(second(), "late.test");
+        all.put(&made("wild", &["*.test"], 50)).unwrap();
+        assert_eq!(second(), "late.test");
+        all.remove(&"late".parse().unwrap());
+        all.remove(&"soon".parse().unwrap());
+        assert_eq!(shown(&all, Some("a.test"), HTTP).as_deref(), Some("*.test"));
+    }
+
+    #[test]
+    fn what_does_not_belong_together_is_refused_and_the_old_one_stays() {
+        let all = certificates();
+        let good = made("a", &["a.test"], 10);
+        all.put(&good).unwrap();
+        let other = made("a", &["a.test"], 10);
+        let refused = |chain: &str, key: &str| {
+            let bad = Certificate { chain_pem: chain.into(), key_pem: key.into(), ..good.clone() };
+            assert_eq!(check(&bad), all.put(&bad));
+            all.put(&bad).unwrap_err()
+        };
+        assert!(refused(&good.chain_pem, &other.key_pem).contains("is not the key"));
+        assert!(refused("", &good.key_pem).contains("no certificate"));
+        assert!(refused(&good.chain_pem, "x").contains("no private key"));
+        assert!(refused(&good.chain_pem.replace("MII", "AAA"), &good.key_pem).contains("bad"));
+        assert_eq!(shown(&all, Some("a.test"), HTTP).as_deref(), Some("a.test"));
+        assert_eq!(all.ids(), [good.id]);
+    }
+
+    #[derive(Debug)]
+    struct Trusting(Vec<SignatureScheme>);
+
+    impl rustls::client::danger::ServerCertVerifier for Trusting {
+        fn verify_server_cert(
+            &self,
+            _: &CertificateDer<'_>,
+            _: &[CertificateDer<'_>],
+            _: &rustls::pki_types::ServerName<'_>,
+            _: &[u8],
+            _: rustls::pki_types::UnixTime,
+        ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+            Ok(rustls::client::danger::ServerCertVerified::assertion())
+        }
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+        }
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+        }
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.0.clone()
+        }
+    }
+
+    const ANY: &[SignatureScheme] = &[SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::RSA_PSS_SHA256];
+
+    fn client(schemes: &[SignatureScheme], alpn: &[&[u8]]) -> rustls::ClientConfig {
+        let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Trusting(schemes.to_vec())))
+            .with_no_client_auth();
+        config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+        config
+    }
+
+    type Client = std::io::Result<TlsStream<tokio::io::DuplexStream>>;
+
+    async fn meet(
+        all: &Certificates,
+        purpose: Purpose<'_>,
+        config: Arc<rustls::ClientConfig>,
+        sni: &'static str,
+    ) -> (Result<Accepted, Error>, Client) {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        let visitor = async {
+            let mut tls = TlsConnector::from(config).connect(sni.try_into().unwrap(), far).await?;
+            // Tickets arrive after the handshake.
+            let mut greeting = [0; 5];
+            tls.read_exact(&mut greeting).await?;
+            Ok(tls)
+        };
+        let edge = async {
+            let mut accepted = all.accept(Stream::other(near), purpose).await?;
+            accepted.stream.write_all(b"hello").await.unwrap();
+            accepted.stream.flush().await.unwrap();
+            Ok(accepted)
+        };
+        tokio::join!(edge, visitor)
+    }
+
+    #[tokio::test]
+    async fn a_visitor_is_shown_a_key_that_it_can_verify() {
+        let all = certificates();
+        all.put(&made("ecdsa", &["a.test", "ecdsa.test"], 10)).unwrap();
+        let rsa = KeyPair::generate_for(&PKCS_RSA_SHA256).unwrap();
+        all.put(&made_with("rsa", &["a.test", "rsa.test"], 20, &rsa)).unwrap();
+        for (schemes, expected) in [(ANY, "ecdsa.test"), (&ANY[1..], "rsa.test")] {
+            let (edge, visitor) = meet(&all, HTTP, Arc::new(client(schemes, &[])), "a.test").await;
+            visitor.unwrap();
+            assert_eq!(edge.unwrap().certificate.names()[1].as_str(), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn http_agrees_on_h2_and_a_raw_socket_on_nothing() {
+        let all = certificates();
+        all.put(&made("a", &["a.test"], 10)).unwrap();
+        for (purpose, alpn, h2, agreed) in [
+            (HTTP, vec![&b"http/1.1"[..], b"h2"], true, Some(&b"h2"[..])),
+            (HTTP, vec![b"http/1.1"], false, Some(b"http/1.1")),
+            (HTTP, vec![], false, None),
+            (Purpose::Raw { own: &[] }, vec![b"h2", b"postgresql"], false, None),
+        ] {
+            let (edge, visitor) = meet(&all, purpose, Arc::new(client(ANY, &alpn)), "a.test").await;
+            let (edge, visitor) = (edge.unwrap(), visitor.unwrap());
+            assert_eq!((edge.h2, visitor.get_ref().1.alpn_protocol()), (h2, agreed));
+            assert_eq!(edge.sni, Some(name("a.test")));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_visitor_resumes_with_a_ticket_and_the_hybrid_key_exchange() {
+        let all = certificates();
+        all.put(&made("a", &["a.test"], 10)).unwrap();
+        let config = Arc::new(client(ANY, &[]));
+        let (_, first) = meet(&all, HTTP, Arc::clone(&config), "a.test").await;
+        let group = first.unwrap().get_ref().1.negotiated_key_exchange_group().unwrap().name();
+        assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
+        let (_, second) = meet(&all, HTTP, config, "a.test").await;
+        assert_eq!(second.unwrap().get_ref().1.handshake_kind(), Some(rustls::HandshakeKind::Resumed));
+    }
+
+    #[tokio::test]
+    async fn an_unknown_name_is_refused_by_its_alert_where_set() {
+        let settings = Settings { unknown_sni: UnknownSni::Refuse, ..Settings::default() };
+        let all = Certificates::new(&settings).unwrap();
+        let default = made("default", &["edge.test"], 10);
+        all.put_default(&default.chain_pem, &default.key_pem).unwrap();
+        let (edge, visitor) = meet(&all, HTTP, Arc::new(client(ANY, &[])), "other.test").await;
+        assert_eq!(edge.unwrap_err(), Error::TlsHandshake);
+        let error = visitor.unwrap_err().to_string();
+        assert!(error.contains("UnrecognisedName"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_silent_visitor_is_let_go_at_the_deadline() {
+        let (near, _far) = tokio::io::duplex(64);
+        let deadline = Duration::from_millis(30);
+        let all = Certificates::new(&Settings { handshake_deadline: deadline, ..Settings::default() }).unwrap();
+        let begun = tokio::time::Instant::now();
+        assert_eq!(all.accept(Stream::other(near), HTTP).await.unwrap_err(), Error::TlsHandshake);
+        assert!(begun.elapsed() >= deadline);
+    }
+}
