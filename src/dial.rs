@@ -29,7 +29,7 @@ pub struct Dialed {
 }
 
 /// The knobs of `[dial]`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DialSettings {
     /// Time for one visit to find an origin, over all attempts.
     pub deadline: Duration,

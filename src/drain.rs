@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 use crate::fields::Fields;
 
 /// The knobs of `[drain]`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DrainSettings {
     /// From "not ready" until listeners close: time for routes to be withdrawn.
     pub notice: Duration,

@@ -10,6 +10,7 @@ mod server;
 mod session;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -21,6 +22,7 @@ use tokio_util::task::TaskTracker;
 
 use self::channel::ChannelSettings;
 pub use self::register::Urls;
+pub use self::server::{Server, host_key};
 pub use self::session::{Bind, Session};
 use crate::error::Error;
 use crate::feed::records::Records;
@@ -54,8 +56,10 @@ impl std::str::FromStr for Mode {
 text_field!(Mode, "\"open\" or \"closed\"");
 
 /// The knobs of `[ssh]`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SshSettings {
+    /// Where owners log in.
+    pub listen: Vec<SocketAddr>,
     /// Who may register what.
     pub mode: Mode,
     /// The host key file; made if absent. Default: `ssh_host_ed25519_key` in the state folder.
@@ -103,6 +107,7 @@ pub struct SshSettings {
 impl Default for SshSettings {
     fn default() -> Self {
         Self {
+            listen: vec![SocketAddr::from(([0u16; 8], 2222))],
             mode: Mode::Closed,
             host_key: None,
             cert_authorities: Vec::new(),
@@ -139,6 +144,7 @@ impl SshSettings {
             f.mistake("window", format!("{window} bytes is out of range"), "write 32KiB to 64MiB".into());
         }
         Self {
+            listen: f.take("listen", d.listen),
             mode: f.take("mode", d.mode),
             host_key: f.optional("host_key"),
             cert_authorities: f.take("cert_authorities", d.cert_authorities),

@@ -11,6 +11,7 @@ use super::keys::Login;
 use super::naming::{Refusal, Wanted, made_up_name};
 use super::{Attached, Bind, Mode, Session, Tunnels};
 use crate::feed::records::RecordError;
+use crate::fields::PortRange;
 use crate::model::{HostName, Socket, SocketType, Tunnel, TunnelId};
 use crate::routes::Route;
 
@@ -33,7 +34,7 @@ pub struct Urls {
     /// The port of HTTPS that visitors reach; none: not served.
     pub https_port: Option<u16>,
     /// The allocatable ports.
-    pub ports: std::ops::RangeInclusive<u16>,
+    pub ports: PortRange,
 }
 
 impl Urls {
@@ -219,7 +220,7 @@ impl Tunnels {
             socket.hostnames = vec![host.into()];
         }
         // A port of the allocatable range is a wish; any other only says "tcp".
-        socket.ports.extend(port.filter(|p| !kind.by_name() && self.urls.ports.contains(p)));
+        socket.ports.extend(port.filter(|p| !kind.by_name() && self.urls.ports.contains(*p)));
         socket.created_by = Some(login.fingerprint().unwrap_or("a session without a key").to_owned());
         let id: TunnelId = label.parse().map_err(bad_id)?;
         let mut tunnel = Tunnel::new(id.clone(), socket.id.clone());
