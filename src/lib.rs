@@ -12,6 +12,7 @@ pub mod limits;
 pub mod metrics;
 pub mod model;
 pub mod node;
+pub mod relay;
 pub mod routes;
 pub mod secret_file;
 pub mod stream;
