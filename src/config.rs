@@ -9,9 +9,11 @@ use std::str::FromStr;
 use serde_json::{Map, Value};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
+use crate::dial::DialSettings;
+use crate::drain::DrainSettings;
 use crate::fields::{Fields, Mistake, PortRange};
 use crate::model::HostName;
-use crate::{text_field, tls};
+use crate::{text_field, tls, tunnel};
 
 /// The node's settings, immutable after start.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,7 +27,11 @@ pub struct Config {
     /// `[tls]`: certificates and handshakes.
     pub tls: tls::Settings,
     /// `[ssh]`: where tunnel clients arrive.
-    pub ssh: SshSettings,
+    pub ssh: tunnel::SshSettings,
+    /// `[dial]`: the way to an origin.
+    pub dial: DialSettings,
+    /// `[drain]`: the stepwise shutdown.
+    pub drain: DrainSettings,
     /// `[control]`: where the operator arrives.
     pub control: ControlSettings,
 }
@@ -39,7 +45,9 @@ impl Config {
             log: section(f, "log", LogSettings::read),
             ingress: section(f, "ingress", IngressSettings::read),
             tls: section(f, "tls", tls::Settings::read),
-            ssh: section(f, "ssh", SshSettings::read),
+            ssh: section(f, "ssh", tunnel::SshSettings::read),
+            dial: section(f, "dial", DialSettings::read),
+            drain: section(f, "drain", DrainSettings::read),
             control: section(f, "control", ControlSettings::read),
         }
     }
@@ -157,6 +165,8 @@ pub struct NodeSettings {
     pub public_https_port: Option<u16>,
     /// The port that printed ssh lines name.
     pub public_ssh_port: Option<u16>,
+    /// Limits per address do not apply to loopback.
+    pub exempt_loopback: bool,
 }
 
 impl NodeSettings {
@@ -170,6 +180,7 @@ impl NodeSettings {
             public_http_port: f.optional("public_http_port"),
             public_https_port: f.optional("public_https_port"),
             public_ssh_port: f.optional("public_ssh_port"),
+            exempt_loopback: f.take("exempt_loopback", false),
         }
     }
 
@@ -272,19 +283,6 @@ impl IngressSettings {
             raw: f.take("raw", vec![IpAddr::from([0; 16])]),
             ports: f.take("ports", PortRange { first: 20000, last: 20999 }),
         }
-    }
-}
-
-/// `[ssh]`: where tunnel clients arrive.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SshSettings {
-    /// Where they log in.
-    pub listen: Vec<SocketAddr>,
-}
-
-impl SshSettings {
-    fn read(f: &mut Fields) -> Self {
-        Self { listen: f.take("listen", any(2222)) }
     }
 }
 

@@ -108,6 +108,11 @@ impl Routes {
         self.by_authority.contains_key(fingerprint)
     }
 
+    /// Whether any tunnel's record trusts a CA.
+    pub fn has_authorities(&self) -> bool {
+        !self.by_authority.is_empty()
+    }
+
     /// All ports that sockets own, for the listeners.
     pub fn ports(&self) -> Vec<u16> {
         self.by_port.iter().map(|r| *r.key()).collect()

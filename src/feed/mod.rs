@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
+pub mod records;
+
 /// A life of the feed's data; revisions compare only within one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Epoch(pub Arc<str>);

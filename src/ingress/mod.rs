@@ -1,0 +1,163 @@
+//! The doors that visitors come through: the shared HTTP and HTTPS ports, the
+//! sockets' own ports, and the limits at each. What happens to one visitor is
+//! in `visit`: begin there.
+
+pub mod hello;
+pub mod listener;
+mod ports;
+mod visit;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
+use bytes::Bytes;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::hello::HelloSettings;
+use self::listener::TcpSettings;
+pub use self::ports::Ports;
+use crate::dial::Dialer;
+use crate::drain::Stages;
+use crate::error::Error;
+use crate::fields::{Fields, PortRange};
+use crate::http::Http;
+use crate::limits::{AddressPermit, PerAddress, Permit};
+use crate::model::Visitor;
+use crate::relay::RelaySettings;
+use crate::routes::Routes;
+use crate::tls::Certificates;
+use crate::tunnel;
+
+/// The knobs of `[ingress]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct IngressSettings {
+    /// Where plain HTTP is served.
+    pub http: Vec<SocketAddr>,
+    /// Where HTTPS and passed-through TLS are served.
+    pub https: Vec<SocketAddr>,
+    /// Addresses on which the sockets' own ports open.
+    pub raw: Vec<IpAddr>,
+    /// Ports for sockets that ask for none.
+    pub ports: PortRange,
+    /// Visitors' connections of the node at once.
+    pub connections: usize,
+    /// Visitors' connections of one address at once.
+    pub connections_per_address: usize,
+    /// What may come before a connection says what it speaks.
+    pub hello: HelloSettings,
+}
+
+impl IngressSettings {
+    /// Reads `[ingress]`.
+    pub fn read(f: &mut Fields) -> Self {
+        let any = |port: u16| vec![SocketAddr::from(([0u16; 8], port))];
+        Self {
+            http: f.take("http", any(80)),
+            https: f.take("https", any(443)),
+            raw: f.take("raw", vec![IpAddr::from([0u16; 8])]),
+            ports: f.take("ports", PortRange { first: 20000, last: 20999 }),
+            connections: f.take("connections", 200_000),
+            connections_per_address: f.take("connections_per_address", 1_000),
+            hello: HelloSettings::read(f),
+        }
+    }
+}
+
+/// Which listener a visitor came through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// The shared port of plain HTTP.
+    Http,
+    /// The shared port of HTTPS, passed-through TLS and SSH.
+    Https,
+    /// A socket's own port.
+    Raw,
+}
+
+impl Door {
+    /// The word for it in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// What a visit needs, shared by all doors.
+pub struct Parts {
+    /// The route table.
+    pub routes: Arc<Routes>,
+    /// Certificates by name.
+    pub tls: Arc<Certificates>,
+    /// The way to origins.
+    pub dialer: Arc<Dialer>,
+    /// The HTTP side.
+    pub http: Arc<Http<Dialer>>,
+    /// The SSH side, for owners who come by the HTTPS port.
+    pub owners: Arc<tunnel::Server>,
+    /// Tracks owners' sessions.
+    pub owner_tasks: TaskTracker,
+    /// The stages of the shutdown.
+    pub stages: Stages,
+    /// `[relay]`.
+    pub relay: RelaySettings,
+    /// `[tcp]`.
+    pub tcp: TcpSettings,
+    /// Per-address limits do not apply to loopback.
+    pub exempt_loopback: bool,
+}
+
+/// All doors of this node.
+pub struct Ingress {
+    settings: IngressSettings,
+    parts: Parts,
+    count: Arc<AtomicUsize>,
+    per_address: PerAddress,
+}
+
+impl Ingress {
+    /// Doors that nobody has opened yet.
+    pub fn new(settings: IngressSettings, parts: Parts) -> Arc<Self> {
+        let per_address = PerAddress::new(settings.connections_per_address, parts.exempt_loopback);
+        Arc::new(Self { settings, parts, count: Arc::default(), per_address })
+    }
+
+    /// Takes visitors from a listener until `closed`; those who came stay.
+    pub async fn open(self: Arc<Self>, door: Door, listener: TcpListener, closed: CancellationToken) {
+        let tcp_settings = self.parts.tcp.clone();
+        listener::accept_loop(listener, closed, |tcp, addr| {
+            let Ok(local) = tcp.local_addr() else { return };
+            listener::prepare_accepted(&tcp, &tcp_settings);
+            let visit = Arc::clone(&self).visit(door, tcp, Visitor::new(addr, local));
+            self.parts.stages.visitors.spawn(visit);
+        })
+        .await;
+    }
+
+    /// Takes owners from a listener until `closed`.
+    pub async fn open_to_owners(self: Arc<Self>, listener: TcpListener, closed: CancellationToken) {
+        let tcp_settings = self.parts.tcp.clone();
+        listener::accept_loop(listener, closed, |tcp, addr| {
+            listener::prepare_accepted(&tcp, &tcp_settings);
+            self.owner(tcp, Bytes::new(), addr);
+        })
+        .await;
+    }
+
+    /// Hands a connection that speaks SSH over to the tunnels' side.
+    fn owner(&self, tcp: TcpStream, head: Bytes, addr: SocketAddr) {
+        self.parts.owner_tasks.spawn(Arc::clone(&self.parts.owners).serve(tcp, head, addr));
+    }
+
+    /// The limits at the door.
+    fn admit(&self, visitor: &Visitor) -> Result<(Permit, AddressPermit), Error> {
+        let node = Permit::take(&self.count, self.settings.connections).ok_or(Error::NodeLimit)?;
+        let share = self.per_address.admit(visitor.ip()).ok_or(Error::VisitorLimit)?;
+        Ok((node, share))
+    }
+}

@@ -1,0 +1,115 @@
+//! The sockets' own ports: opened and closed as sockets come and go, each by
+//! itself, without touching the others or the visitors who are inside.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::{Door, Ingress, listener};
+
+/// A port that was taken by somebody else is tried again after this.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Which own ports are open, and which could not be.
+#[derive(Default)]
+pub struct Ports {
+    open: Mutex<HashMap<u16, CancellationToken>>,
+    failed: Mutex<BTreeMap<u16, String>>,
+}
+
+impl Ports {
+    /// The ports that are open now.
+    pub fn open(&self) -> Vec<u16> {
+        let mut ports: Vec<u16> = self.open.lock().keys().copied().collect();
+        ports.sort_unstable();
+        ports
+    }
+
+    /// The ports that could not be opened, with the socket and the reason.
+    pub fn failed(&self) -> BTreeMap<u16, String> {
+        self.failed.lock().clone()
+    }
+
+    /// Keeps the open ports equal to those of the route table, until `closed`.
+    pub async fn follow(
+        self: Arc<Self>,
+        ingress: Arc<Ingress>,
+        mut changed: tokio::sync::watch::Receiver<u64>,
+        tasks: TaskTracker,
+        closed: CancellationToken,
+    ) {
+        loop {
+            changed.borrow_and_update();
+            self.sync(&ingress, &tasks, &closed);
+            let retry = !self.failed.lock().is_empty();
+            tokio::select! {
+                () = closed.cancelled() => return,
+                more = changed.changed() => if more.is_err() { return },
+                () = tokio::time::sleep(RETRY), if retry => {}
+            }
+        }
+    }
+
+    fn sync(&self, ingress: &Arc<Ingress>, tasks: &TaskTracker, closed: &CancellationToken) {
+        let wanted = ingress.parts.routes.ports();
+        let mut open = self.open.lock();
+        open.retain(|port, close| {
+            let stays = wanted.contains(port);
+            if !stays {
+                close.cancel();
+                tracing::info!(port, "port closed");
+            }
+            stays
+        });
+        self.failed.lock().retain(|port, _| wanted.contains(port));
+        for port in wanted {
+            if open.contains_key(&port) {
+                continue;
+            }
+            match bind_all(&ingress.settings.raw, port, ingress) {
+                Ok(listeners) => {
+                    let close = closed.child_token();
+                    for listener in listeners {
+                        tasks.spawn(Arc::clone(ingress).open(Door::Raw, listener, close.clone()));
+                    }
+                    open.insert(port, close);
+                    self.failed.lock().remove(&port);
+                    tracing::info!(port, "port opened");
+                }
+                Err((addr, error)) => {
+                    let socket = ingress.parts.routes.by_port(port).map(|r| r.socket.id.to_string());
+                    let why = format!("{addr} of the socket {} cannot be opened: {error}", socket.unwrap_or_default());
+                    if self.failed.lock().insert(port, why.clone()).is_none() {
+                        metrics::counter!("adit_port_bind_failures_total").increment(1);
+                        tracing::error!(port, "{why}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Listeners on every raw address, or none.
+fn bind_all(
+    addrs: &[IpAddr],
+    port: u16,
+    ingress: &Ingress,
+) -> Result<Vec<tokio::net::TcpListener>, (SocketAddr, io::Error)> {
+    let mut listeners = Vec::new();
+    for ip in addrs {
+        let addr = SocketAddr::new(*ip, port);
+        match listener::bind(addr, &ingress.parts.tcp) {
+            Ok(listener) => listeners.push(listener),
+            // A machine without IPv6 still serves the other family.
+            Err(error) if listener::lacks_family(&error) && addrs.len() > 1 => {}
+            Err(error) => return Err((addr, error)),
+        }
+    }
+    Ok(listeners)
+}

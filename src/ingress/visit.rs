@@ -1,0 +1,117 @@
+//! The path of a visitor, top to bottom: which door, what do the first bytes
+//! speak, which socket, then HTTP, a raw relay, or SSH. READ THIS FIRST.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use tokio::net::TcpStream;
+
+use super::hello::{self, Hello};
+use super::{Door, Ingress};
+use crate::error::Error;
+use crate::http::Via;
+use crate::model::{SocketType, Visitor};
+use crate::relay::relay;
+use crate::routes::Route;
+use crate::stream::Stream;
+use crate::tls::Purpose;
+use crate::visit_log::{self, Sink, Visit, What};
+
+impl Ingress {
+    /// One visitor, from the first byte to the last.
+    pub(super) async fn visit(self: Arc<Self>, door: Door, tcp: TcpStream, visitor: Visitor) {
+        let _admitted = match self.admit(door, &visitor) {
+            Ok(admitted) => admitted,
+            Err(limit) => return self.turn_away(tcp, door, limit),
+        };
+        let failed = match door {
+            Door::Raw => self.by_port(tcp, &visitor).await,
+            Door::Http | Door::Https => self.by_first_bytes(door, tcp, visitor).await,
+        };
+        if let Err(error) = failed {
+            tracing::debug!(visitor = %visitor.addr, door = door.as_str(), %error, "turned away");
+            metrics::counter!("adit_visitors_refused_total", "limit" => error.label()).increment(1);
+        }
+    }
+
+    /// A socket's own port: the origin may speak first, so never wait for bytes.
+    async fn by_port(&self, tcp: TcpStream, visitor: &Visitor) -> Result<(), Error> {
+        let route = self.routes.by_port(visitor.local.port()).ok_or(Error::NoSocket)?;
+        let stream = Stream::tcp(tcp);
+        match route.socket.kind {
+            SocketType::Tls => {
+                let own = route.socket.hostnames.first();
+                let (tls, _) = self.tls.accept(stream, Purpose::Raw { own }).await?;
+                self.raw(&route, visitor, Stream::other(tls)).await;
+            }
+            _ => self.raw(&route, visitor, stream).await,
+        }
+        Ok(())
+    }
+
+    /// The shared ports: what do they speak?
+    async fn by_first_bytes(self: &Arc<Self>, door: Door, mut tcp: TcpStream, visitor: Visitor) -> Result<(), Error> {
+        let (hello, head) = hello::peek(&mut tcp, &self.settings.hello).await?;
+        match (door, hello) {
+            (Door::Https, Hello::Tls(client)) => {
+                let sni = client.sni;
+                let passed = sni.as_ref().and_then(|name| self.routes.by_host(name.as_str()));
+                let stream = Stream::tcp(tcp).with_head(head);
+                if let Some(route) = passed.filter(|r| r.socket.kind == SocketType::Passthrough) {
+                    self.raw(&route, &visitor, stream).await;
+                    return Ok(());
+                }
+                let (tls, via) = self.tls.accept(stream, Purpose::Http { sni }).await?;
+                self.http.serve(Stream::other(tls), visitor, via, &self.stages).await;
+            }
+            (Door::Http, Hello::Http1) => {
+                self.http.serve(Stream::tcp(tcp).with_head(head), visitor, Via::Plain1, &self.stages).await;
+            }
+            (Door::Http, Hello::Http2) => {
+                self.http.serve(Stream::tcp(tcp).with_head(head), visitor, Via::Plain2, &self.stages).await;
+            }
+            (Door::Https, Hello::Ssh) => self.owner(tcp, head, visitor.addr),
+            _ => return Err(Error::HelloUnknown),
+        }
+        Ok(())
+    }
+
+    /// Bytes as they are, between a visitor and the nearest live tunnel.
+    async fn raw(&self, route: &Arc<Route>, visitor: &Visitor, stream: Stream) {
+        let (at, start) = (SystemTime::now(), Instant::now());
+        let mut visit = Visit {
+            at,
+            visitor: visitor.addr,
+            socket: Some(route.socket.id.clone()),
+            tunnel: None,
+            what: What::Connection(route.socket.kind.as_str()),
+            status: None,
+            bytes_up: 0,
+            bytes_down: 0,
+            first_byte: None,
+            total: start.elapsed(),
+            error: None,
+        };
+        let mut console: Option<Arc<dyn Sink>> = None;
+        match self.dialer.dial(route, visitor).await {
+            Ok(dialed) => {
+                visit.tunnel = Some(dialed.tunnel);
+                console = dialed.console;
+                let before = start.elapsed();
+                let relayed = relay(stream, dialed.stream, &self.settings.relay, &self.stages.cut).await;
+                visit.bytes_up = relayed.up;
+                visit.bytes_down = relayed.down;
+                visit.first_byte = relayed.first_byte.map(|d| before + d);
+                visit.error = relayed.end.error();
+            }
+            Err(error) => {
+                visit.error = Some(error);
+                // Nothing can be said in an unknown protocol: a reset is the
+                // clearest "connection refused" there is.
+                stream.reset();
+            }
+        }
+        visit.total = start.elapsed();
+        visit_log::record(visit, console.as_ref());
+    }
+}

@@ -1,0 +1,457 @@
+//! One visitor's channel inside an SSH session, as a byte stream, and the pump
+//! that moves its bytes.
+//!
+//! The SSH library refills a channel's window on receipt, not on consumption,
+//! and stops the whole session while one channel's queue is full. So the pump
+//! takes packets out of the library at once and holds them in a queue of its
+//! own, bounded in bytes; where a visitor stops reading, the session is held up
+//! until `stall_deadline` and then the visitor is reset, never the session.
+
+use std::collections::VecDeque;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use parking_lot::Mutex;
+use russh::server::Msg;
+use russh::{Channel, ChannelMsg, ChannelReadHalf, ChannelWriteHalf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use crate::limits::Permit;
+use crate::stream::Duplex;
+
+/// What a visitor may hold back, and for how long.
+#[derive(Debug, Clone)]
+pub struct ChannelSettings {
+    /// Bytes from the origin that wait for one visitor at most.
+    pub channel_buffer: usize,
+    /// Bytes from the origin that wait for all visitors of one session at most.
+    pub tunnel_buffer: usize,
+    /// How long a visitor who does not read may hold up its session.
+    pub stall_deadline: Duration,
+    /// Bytes a visitor must take in each `stall_deadline` while it holds up its
+    /// session, not to count as one who does not read.
+    pub stall_floor: usize,
+}
+
+/// Bytes towards the origin that may wait in one channel; more makes the
+/// visitor wait. Two reads of the largest kind.
+const OUTBOX_BYTES: usize = 128 * 1024;
+
+/// The largest piece of one write that is copied into the outbox.
+const WRITE_BYTES: usize = 64 * 1024;
+
+/// What the channels of one session share.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// Bytes that wait for visitors now.
+    queued: AtomicUsize,
+    /// Channels whose visitor holds the session up now.
+    held: AtomicUsize,
+}
+
+impl Shared {
+    /// Whether some visitor holds the session up, so that a late answer of the
+    /// peer says nothing about the peer.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire) > 0
+    }
+
+    /// Bytes that wait for visitors now.
+    pub fn queued(&self) -> usize {
+        self.queued.load(Ordering::Relaxed)
+    }
+}
+
+/// How the origin's side of the channel ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// CHANNEL_EOF or CHANNEL_CLOSE: all bytes have been delivered.
+    Clean,
+    /// The session died: bytes may be missing.
+    SessionLost,
+    /// The visitor was too slow and was given up.
+    Stalled,
+}
+
+/// How the visitor's side of the channel ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ours {
+    Open,
+    /// No more bytes towards the origin; the answer is still wanted.
+    Finished,
+    /// The stream was dropped; what is queued towards the origin is delivered.
+    Dropped,
+    /// Given up: nothing more is delivered.
+    Reset,
+}
+
+struct State {
+    inbox: VecDeque<Bytes>,
+    inbox_bytes: usize,
+    taken: usize,
+    end: Option<End>,
+    outbox: VecDeque<Bytes>,
+    outbox_bytes: usize,
+    ours: Ours,
+    pump_gone: bool,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+struct Pipe {
+    state: Mutex<State>,
+    /// The visitor took bytes, or is gone: the downward pump may go on.
+    room: Notify,
+    /// The visitor brought bytes, or is done: the upward pump may go on.
+    work: Notify,
+    shared: Arc<Shared>,
+    settings: Arc<ChannelSettings>,
+    /// Hold the visitor's FIN back until the answer has ended.
+    hold_eof: bool,
+}
+
+/// A visitor's channel as a byte stream.
+pub struct SshStream {
+    pipe: Arc<Pipe>,
+    _permits: Vec<Permit>,
+}
+
+impl SshStream {
+    /// The stream of an open channel, and the pump to run for it.
+    pub fn new(
+        channel: Channel<Msg>,
+        shared: Arc<Shared>,
+        settings: Arc<ChannelSettings>,
+        hold_eof: bool,
+        permits: Vec<Permit>,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let pipe = Arc::new(Pipe {
+            state: Mutex::new(State {
+                inbox: VecDeque::new(),
+                inbox_bytes: 0,
+                taken: 0,
+                end: None,
+                outbox: VecDeque::new(),
+                outbox_bytes: 0,
+                ours: Ours::Open,
+                pump_gone: false,
+                reader: None,
+                writer: None,
+            }),
+            room: Notify::new(),
+            work: Notify::new(),
+            shared,
+            settings,
+            hold_eof,
+        });
+        let (read, write) = channel.split();
+        let pump = pump(Arc::clone(&pipe), read, write);
+        (Self { pipe, _permits: permits }, pump)
+    }
+}
+
+/// Moves the channel's bytes until both sides are done, then closes it.
+async fn pump(pipe: Arc<Pipe>, read: ChannelReadHalf, write: ChannelWriteHalf<Msg>) {
+    let _gone = PumpGone(&pipe);
+    let end = {
+        // Whatever ends the downward side ends the upward one too: the library
+        // never wakes a writer that waits for window on a closed channel.
+        let mut down = std::pin::pin!(down(&pipe, read));
+        tokio::select! {
+            end = &mut down => end,
+            () = up(&pipe, &write) => {
+                // The stream is gone; nobody reads any more.
+                None
+            }
+        }
+    };
+    if let Some(end) = end {
+        pipe.finish(end);
+    }
+    if end != Some(End::SessionLost) {
+        // Bounded: where the session is held up, its visitor's deadline ends that.
+        let _ = timeout(pipe.settings.stall_deadline * 2, write.close()).await;
+    }
+}
+
+/// Origin to visitor. Ends when the channel has; `None` if the stream is gone.
+async fn down(pipe: &Pipe, mut read: ChannelReadHalf) -> Option<End> {
+    loop {
+        match read.wait().await {
+            Some(ChannelMsg::Data { data }) => {
+                if !pipe.offer(&data) && !pipe.hold(&data).await {
+                    // Dropping `read` releases the session at once.
+                    return Some(End::Stalled);
+                }
+            }
+            Some(ChannelMsg::Eof) => pipe.finish(End::Clean),
+            Some(ChannelMsg::Close) => return Some(End::Clean),
+            None => return Some(End::SessionLost),
+            Some(_) => {}
+        }
+    }
+}
+
+/// Visitor to origin. Ends when the stream is gone and its bytes are delivered.
+async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
+    let mut finished = false;
+    loop {
+        let work = pipe.work.notified();
+        let (chunk, ours) = pipe.next_up();
+        match (chunk, ours) {
+            (_, Ours::Reset) => return,
+            (Some(chunk), Ours::Dropped) => {
+                // Nobody waits for this visitor any more; a stopped origin must
+                // not keep the channel.
+                match timeout(pipe.settings.stall_deadline, write.data_bytes(chunk)).await {
+                    Ok(Ok(())) => {}
+                    _ => return,
+                }
+            }
+            (Some(chunk), _) => {
+                tokio::select! {
+                    sent = write.data_bytes(chunk) => if sent.is_err() { return },
+                    () = pipe.was_reset() => return,
+                }
+            }
+            (None, Ours::Open) => work.await,
+            (None, Ours::Finished) => {
+                if !finished && !pipe.hold_eof {
+                    let _ = write.eof().await;
+                }
+                finished = true;
+                work.await;
+            }
+            (None, Ours::Dropped) => return,
+        }
+    }
+}
+
+impl Pipe {
+    /// Queues bytes for the visitor, if there is room.
+    fn offer(&self, data: &Bytes) -> bool {
+        let mut state = self.state.lock();
+        if state.ours == Ours::Dropped || state.ours == Ours::Reset {
+            return true; // nobody reads: let it pass
+        }
+        if state.inbox_bytes > 0 {
+            // Each channel's share shrinks as the session's budget fills, so
+            // that a reading visitor always gets a packet through.
+            let used = self.shared.queued();
+            let share = self.settings.tunnel_buffer.saturating_sub(used) / 2;
+            if state.inbox_bytes + data.len() > self.settings.channel_buffer.min(share) {
+                return false;
+            }
+        }
+        state.inbox_bytes += data.len();
+        self.shared.queued.fetch_add(data.len(), Ordering::Relaxed);
+        state.inbox.push_back(data.clone());
+        if let Some(reader) = state.reader.take() {
+            reader.wake();
+        }
+        true
+    }
+
+    /// Waits for room: the session is held up meanwhile. `false`: the visitor
+    /// took less than `stall_floor` within `stall_deadline`.
+    async fn hold(&self, data: &Bytes) -> bool {
+        let _held = Held::new(&self.shared);
+        loop {
+            let before = self.state.lock().taken;
+            let deadline = tokio::time::Instant::now() + self.settings.stall_deadline;
+            loop {
+                let room = self.room.notified();
+                if self.offer(data) {
+                    return true;
+                }
+                if tokio::time::timeout_at(deadline, room).await.is_err() {
+                    break;
+                }
+            }
+            if self.offer(data) {
+                return true;
+            }
+            if self.state.lock().taken.wrapping_sub(before) < self.settings.stall_floor {
+                metrics::counter!("adit_visitors_stalled_total").increment(1);
+                return false;
+            }
+        }
+    }
+
+    fn finish(&self, end: End) {
+        let mut state = self.state.lock();
+        if state.end.is_none() || end != End::Clean {
+            state.end = Some(end);
+        }
+        for waker in [state.reader.take(), state.writer.take()].into_iter().flatten() {
+            waker.wake();
+        }
+    }
+
+    fn next_up(&self) -> (Option<Bytes>, Ours) {
+        let mut state = self.state.lock();
+        let chunk = state.outbox.pop_front();
+        if let Some(chunk) = &chunk {
+            state.outbox_bytes -= chunk.len();
+            if let Some(writer) = state.writer.take() {
+                writer.wake();
+            }
+        }
+        (chunk, state.ours)
+    }
+
+    async fn was_reset(&self) {
+        loop {
+            let work = self.work.notified();
+            match self.state.lock().ours {
+                Ours::Reset | Ours::Dropped => return,
+                Ours::Open | Ours::Finished => {}
+            }
+            work.await;
+        }
+    }
+
+    fn set_ours(&self, ours: Ours) {
+        {
+            let mut state = self.state.lock();
+            if state.ours == Ours::Reset {
+                return;
+            }
+            state.ours = ours;
+            if ours == Ours::Dropped || ours == Ours::Reset {
+                self.shared.queued.fetch_sub(state.inbox_bytes, Ordering::Relaxed);
+                state.inbox.clear();
+                state.inbox_bytes = 0;
+            }
+            if ours == Ours::Reset {
+                state.outbox.clear();
+                state.outbox_bytes = 0;
+            }
+        }
+        // Both kinds of waiter: the pump has at most one of each.
+        self.work.notify_waiters();
+        self.work.notify_one();
+        self.room.notify_one();
+    }
+}
+
+/// However the pump ends (even by being dropped), the stream learns of it.
+struct PumpGone<'a>(&'a Pipe);
+
+impl Drop for PumpGone<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.pump_gone = true;
+        state.end.get_or_insert(End::SessionLost);
+        for waker in [state.reader.take(), state.writer.take()].into_iter().flatten() {
+            waker.wake();
+        }
+    }
+}
+
+/// Counts a held-up session while it lives.
+struct Held<'a>(&'a Shared);
+
+impl<'a> Held<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.held.fetch_add(1, Ordering::AcqRel);
+        Self(shared)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl AsyncRead for SshStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let pipe = &self.pipe;
+        let mut state = pipe.state.lock();
+        let mut moved = 0;
+        while buf.remaining() > 0 {
+            let Some(front) = state.inbox.front_mut() else { break };
+            let n = front.len().min(buf.remaining());
+            buf.put_slice(front.get(..n).unwrap_or_default());
+            front.advance(n);
+            if front.is_empty() {
+                state.inbox.pop_front();
+            }
+            moved += n;
+        }
+        if moved > 0 {
+            state.inbox_bytes -= moved;
+            state.taken = state.taken.wrapping_add(moved);
+            drop(state);
+            pipe.shared.queued.fetch_sub(moved, Ordering::Relaxed);
+            pipe.room.notify_one();
+            return Poll::Ready(Ok(()));
+        }
+        match state.end {
+            Some(End::Clean) => Poll::Ready(Ok(())),
+            Some(End::SessionLost) => {
+                Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionReset, "the tunnel's session was lost")))
+            }
+            Some(End::Stalled) => {
+                Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the visitor held its tunnel up")))
+            }
+            None => {
+                state.reader = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl AsyncWrite for SshStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let mut state = self.pipe.state.lock();
+        // After the origin's EOF it may still read; after its close nobody does.
+        let failed = matches!(state.end, Some(End::SessionLost | End::Stalled));
+        if state.ours != Ours::Open || state.pump_gone || failed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if state.outbox_bytes >= OUTBOX_BYTES {
+            state.writer = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        let n = buf.len().min(WRITE_BYTES);
+        state.outbox.push_back(Bytes::copy_from_slice(buf.get(..n).unwrap_or_default()));
+        state.outbox_bytes += n;
+        drop(state);
+        self.pipe.work.notify_one();
+        Poll::Ready(Ok(n))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let open = self.pipe.state.lock().ours == Ours::Open;
+        if open {
+            self.pipe.set_ours(Ours::Finished);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Duplex for SshStream {
+    fn reset(&mut self) {
+        self.pipe.set_ours(Ours::Reset);
+    }
+}
+
+impl Drop for SshStream {
+    fn drop(&mut self) {
+        self.pipe.set_ours(Ours::Dropped);
+    }
+}

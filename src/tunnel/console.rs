@@ -1,0 +1,215 @@
+//! The live log in an owner's SSH session. Lines wait in a ring: where the
+//! terminal is slow the oldest are dropped and counted, and the data path never
+//! waits. Lines are never wrapped to the pty (some clients send its size wrong).
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
+use time::OffsetDateTime;
+use time::macros::format_description;
+use tokio::sync::Notify;
+
+use crate::visit_log::{Sink, Visit, What};
+
+/// Lines kept for a terminal that is slow or not there yet.
+const RING_LINES: usize = 256;
+
+/// The largest part of a path that one line shows, in characters.
+const PATH_CHARS: usize = 512;
+
+enum Line {
+    Text(String),
+    Visit(Arc<Visit>),
+}
+
+#[derive(Default)]
+struct Ring {
+    lines: VecDeque<Line>,
+    dropped: u64,
+}
+
+/// The console of one SSH session.
+#[derive(Default)]
+pub struct Console {
+    ring: Mutex<Ring>,
+    wake: Notify,
+    attached: AtomicBool,
+}
+
+impl Console {
+    /// Says something to the owner; kept until a terminal is there.
+    pub fn say(&self, text: String) {
+        self.push(Line::Text(text));
+    }
+
+    /// From now on visits are shown too.
+    pub fn attach(&self) {
+        self.attached.store(true, Ordering::Release);
+    }
+
+    /// The next text to write to the terminal: all lines that wait now.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: lines are taken only when it returns.
+    pub async fn next(&self, line_end: &str) -> String {
+        loop {
+            let wake = self.wake.notified();
+            let (lines, dropped) = {
+                let mut ring = self.ring.lock();
+                (std::mem::take(&mut ring.lines), std::mem::take(&mut ring.dropped))
+            };
+            if lines.is_empty() && dropped == 0 {
+                wake.await;
+                continue;
+            }
+            let mut out = String::new();
+            if dropped > 0 {
+                let _ = write!(out, "... {dropped} lines dropped: this terminal is too slow{line_end}");
+            }
+            for line in lines {
+                match line {
+                    Line::Text(text) => text.lines().for_each(|l| out.extend([l, line_end])),
+                    Line::Visit(visit) => {
+                        write_visit(&mut out, &visit);
+                        out.push_str(line_end);
+                    }
+                }
+            }
+            return out;
+        }
+    }
+
+    fn push(&self, line: Line) {
+        {
+            let mut ring = self.ring.lock();
+            if ring.lines.len() >= RING_LINES {
+                ring.lines.pop_front();
+                ring.dropped += 1;
+            }
+            ring.lines.push_back(line);
+        }
+        self.wake.notify_one();
+    }
+}
+
+impl Sink for Console {
+    fn record(&self, visit: &Arc<Visit>) {
+        if self.attached.load(Ordering::Acquire) {
+            self.push(Line::Visit(Arc::clone(visit)));
+        }
+    }
+}
+
+/// One visit as one line: time, visitor, what, status, bytes up and down, time
+/// to the origin's first byte, total.
+fn write_visit(out: &mut String, visit: &Visit) {
+    let at = clock(visit.at);
+    let _ = write!(out, "{at} {} ", visit.visitor.ip());
+    match &visit.what {
+        What::Request { method, host, path } => {
+            let path: String = path.chars().take(PATH_CHARS).collect();
+            let _ = write!(out, "{} {}{}", method.escape_debug(), host.escape_debug(), path.escape_debug());
+        }
+        What::Connection(kind) => out.push_str(kind),
+    }
+    match (visit.status, visit.error) {
+        (Some(status), None) => {
+            let _ = write!(out, " {status}");
+        }
+        (Some(status), Some(error)) => {
+            let _ = write!(out, " {status} ({error})");
+        }
+        (None, Some(error)) => {
+            let _ = write!(out, " ({error})");
+        }
+        (None, None) => out.push_str(" ok"),
+    }
+    let _ = write!(out, " up {} down {}", Size(visit.bytes_up), Size(visit.bytes_down));
+    match visit.first_byte {
+        Some(first) => {
+            let _ = write!(out, " first {}", Ms(first));
+        }
+        None => out.push_str(" first -"),
+    }
+    let _ = write!(out, " total {}", Ms(visit.total));
+}
+
+fn clock(at: SystemTime) -> String {
+    OffsetDateTime::from(at)
+        .format(format_description!("[hour]:[minute]:[second]"))
+        .unwrap_or_else(|_| "--:--:--".to_owned())
+}
+
+struct Size(u64);
+
+impl std::fmt::Display for Size {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            n if n < 10_000 => write!(f, "{n}B"),
+            n if n < 10_000_000 => write!(f, "{}kB", n / 1000),
+            n => write!(f, "{}MB", n / 1_000_000),
+        }
+    }
+}
+
+struct Ms(Duration);
+
+impl std::fmt::Display for Ms {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ms = self.0.as_secs_f64() * 1000.0;
+        if ms < 10.0 { write!(f, "{ms:.1}ms") } else { write!(f, "{ms:.0}ms") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    fn visit(path: &str, error: Option<Error>) -> Arc<Visit> {
+        Arc::new(Visit {
+            at: SystemTime::UNIX_EPOCH,
+            visitor: "[2001:db8::1]:4000".parse().unwrap(),
+            socket: None,
+            tunnel: None,
+            what: What::Request { method: "GET".into(), host: "web.test".into(), path: path.into() },
+            status: Some(error.map_or(200, Error::status)),
+            bytes_up: 0,
+            bytes_down: 123_456,
+            first_byte: Some(Duration::from_micros(4_200)),
+            total: Duration::from_millis(35),
+            error,
+        })
+    }
+
+    #[tokio::test]
+    async fn a_line_tells_the_visit_and_cannot_move_the_terminal() {
+        let console = Console::default();
+        console.attach();
+        console.record(&visit("/a?b=\u{1b}[2J", None));
+        console.record(&visit("/c", Some(Error::OriginRefused)));
+        assert_eq!(
+            console.next("\r\n").await,
+            "00:00:00 2001:db8::1 GET web.test/a?b=\\u{1b}[2J 200 up 0B down 123kB first 4.2ms total 35ms\r\n\
+             00:00:00 2001:db8::1 GET web.test/c 502 (origin_refused) up 0B down 123kB first 4.2ms total 35ms\r\n"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_slow_terminal_loses_the_oldest_lines_and_is_told_how_many() {
+        let console = Console::default();
+        console.say("hello".into());
+        console.record(&visit("/not-shown-before-a-terminal-is-there", None));
+        console.attach();
+        for _ in 0..RING_LINES + 9 {
+            console.record(&visit("/", None));
+        }
+        let text = console.next("\n").await;
+        assert!(text.starts_with("... 10 lines dropped"), "{text}");
+        assert_eq!(text.lines().count(), RING_LINES + 1);
+    }
+}

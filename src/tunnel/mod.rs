@@ -1,0 +1,374 @@
+//! The door to SSH: live tunnels, and `candidates` -> `open` -> `Stream`.
+//! What logs in, what it registers and how its bytes are pumped stays behind it.
+
+mod channel;
+mod console;
+pub mod keys;
+pub mod naming;
+mod register;
+mod server;
+mod session;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use dashmap::DashMap;
+use parking_lot::Mutex;
+use tokio_util::task::TaskTracker;
+
+use self::channel::ChannelSettings;
+pub use self::register::Urls;
+pub use self::server::{Server, host_key};
+pub use self::session::{Bind, Session};
+use crate::error::Error;
+use crate::feed::records::Records;
+use crate::fields::{Bytes, Fields};
+use crate::limits::{PerAddress, Permit};
+use crate::model::{AuthorizedKey, Tunnel, TunnelId, Visitor};
+use crate::routes::Routes;
+use crate::stream::Stream;
+use crate::text_field;
+use crate::visit_log::Sink;
+
+/// Who may register what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Any key; sockets are made on demand and kept for the key that took them.
+    Open,
+    /// Only tunnels of the feed, only by their keys and CAs.
+    Closed,
+}
+
+impl std::str::FromStr for Mode {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "open" => Ok(Self::Open),
+            "closed" => Ok(Self::Closed),
+            _ => Err("is not a mode"),
+        }
+    }
+}
+text_field!(Mode, "\"open\" or \"closed\"");
+
+/// The knobs of `[ssh]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SshSettings {
+    /// Where owners log in.
+    pub listen: Vec<SocketAddr>,
+    /// Who may register what.
+    pub mode: Mode,
+    /// The host key file; made if absent. Default: `ssh_host_ed25519_key` in the state folder.
+    pub host_key: Option<PathBuf>,
+    /// CAs whose user certificates may serve any tunnel that names their principal.
+    pub cert_authorities: Vec<AuthorizedKey>,
+    /// Accept RSA signatures over SHA-1, which only clients of 2021 and before need.
+    pub allow_sha1_rsa: bool,
+    /// Time from the connection to a complete login.
+    pub login_deadline: Duration,
+    /// Failed attempts of one connection.
+    pub auth_attempts: usize,
+    /// Each failed attempt is answered after this.
+    pub reject_delay: Duration,
+    /// Sessions of the node.
+    pub sessions: usize,
+    /// Sessions of one address.
+    pub sessions_per_address: usize,
+    /// Connections of one address that have not logged in yet.
+    pub unauthenticated_per_address: usize,
+    /// Forwards of one session.
+    pub forwards_per_session: usize,
+    /// Visitors of one session at once.
+    pub connections_per_tunnel: usize,
+    /// Time for the client's answer to an open.
+    pub open_deadline: Duration,
+    /// After this long without an answer another tunnel is tried beside it.
+    pub open_patience: Duration,
+    /// How often the peer is asked whether it is there.
+    pub keepalive: Duration,
+    /// Time for its answer.
+    pub keepalive_deadline: Duration,
+    /// SSH window of each channel.
+    pub window: usize,
+    /// Bytes that may wait for one visitor.
+    pub channel_buffer: usize,
+    /// Bytes that may wait for all visitors of one session.
+    pub tunnel_buffer: usize,
+    /// How long a visitor who does not read may hold up its tunnel.
+    pub stall_deadline: Duration,
+    /// Bytes a visitor must take in each `stall_deadline` while it holds up its tunnel.
+    pub stall_floor: usize,
+}
+
+impl Default for SshSettings {
+    fn default() -> Self {
+        Self {
+            listen: vec![SocketAddr::from(([0u16; 8], 2222))],
+            mode: Mode::Closed,
+            host_key: None,
+            cert_authorities: Vec::new(),
+            allow_sha1_rsa: false,
+            login_deadline: Duration::from_secs(20),
+            auth_attempts: 12,
+            reject_delay: Duration::from_millis(100),
+            sessions: 100_000,
+            sessions_per_address: 200,
+            unauthenticated_per_address: 20,
+            forwards_per_session: 64,
+            connections_per_tunnel: 4096,
+            open_deadline: Duration::from_secs(10),
+            open_patience: Duration::from_secs(2),
+            keepalive: Duration::from_secs(10),
+            keepalive_deadline: Duration::from_secs(15),
+            window: 4 << 20,
+            channel_buffer: 2 << 20,
+            tunnel_buffer: 64 << 20,
+            stall_deadline: Duration::from_secs(10),
+            stall_floor: 64 << 10,
+        }
+    }
+}
+
+impl SshSettings {
+    /// Reads `[ssh]`.
+    pub fn read(f: &mut Fields) -> Self {
+        let d = Self::default();
+        let mut size = |key: &str, default: usize| f.take(key, Bytes(default)).0;
+        let (window, channel_buffer) = (size("window", d.window), size("channel_buffer", d.channel_buffer));
+        let (tunnel_buffer, stall_floor) = (size("tunnel_buffer", d.tunnel_buffer), size("stall_floor", d.stall_floor));
+        if !(32 << 10..=64 << 20).contains(&window) {
+            f.mistake("window", format!("{window} bytes is out of range"), "write 32KiB to 64MiB".into());
+        }
+        Self {
+            listen: f.take("listen", d.listen),
+            mode: f.take("mode", d.mode),
+            host_key: f.optional("host_key"),
+            cert_authorities: f.take("cert_authorities", d.cert_authorities),
+            allow_sha1_rsa: f.take("allow_sha1_rsa", d.allow_sha1_rsa),
+            login_deadline: f.take("login_deadline", d.login_deadline),
+            auth_attempts: f.take("auth_attempts", d.auth_attempts),
+            reject_delay: f.take("reject_delay", d.reject_delay),
+            sessions: f.take("sessions", d.sessions),
+            sessions_per_address: f.take("sessions_per_address", d.sessions_per_address),
+            unauthenticated_per_address: f.take("unauthenticated_per_address", d.unauthenticated_per_address),
+            forwards_per_session: f.take("forwards_per_session", d.forwards_per_session),
+            connections_per_tunnel: f.take("connections_per_tunnel", d.connections_per_tunnel),
+            open_deadline: f.take("open_deadline", d.open_deadline),
+            open_patience: f.take("open_patience", d.open_patience),
+            keepalive: f.take("keepalive", d.keepalive),
+            keepalive_deadline: f.take("keepalive_deadline", d.keepalive_deadline),
+            window,
+            channel_buffer,
+            tunnel_buffer,
+            stall_deadline: f.take("stall_deadline", d.stall_deadline),
+            stall_floor,
+        }
+    }
+}
+
+/// A tunnel as one session serves it.
+pub struct Attachment {
+    /// The session.
+    pub session: Arc<Session>,
+    /// Which tunnel.
+    pub tunnel: TunnelId,
+    /// How its channels are opened.
+    pub bind: Bind,
+    /// The record under which the session was last found entitled.
+    entitled: Mutex<Arc<Tunnel>>,
+}
+
+impl Attachment {
+    /// The console that shows this session's visits.
+    pub fn console(&self) -> Arc<dyn Sink> {
+        Arc::clone(&self.session.console) as Arc<dyn Sink>
+    }
+}
+
+/// Keeps a tunnel attached to a session; dropping it detaches.
+pub(crate) struct Attached {
+    tunnels: Arc<Tunnels>,
+    attachment: Arc<Attachment>,
+}
+
+/// What the SSH side needs besides its knobs.
+pub struct Parts {
+    /// The route table.
+    pub routes: Arc<Routes>,
+    /// Where sockets made on demand are written.
+    pub records: Arc<Records>,
+    /// The last revision that the route table shows.
+    pub applied: tokio::sync::watch::Receiver<u64>,
+    /// How owners are told where they are published.
+    pub urls: Urls,
+    /// Keyed hash for made-up names; secret, kept between runs.
+    pub name_key: [u8; 32],
+    /// Tracks every task of every session.
+    pub tasks: TaskTracker,
+    /// Per-address limits do not apply to loopback.
+    pub exempt_loopback: bool,
+}
+
+/// All live tunnels of this node.
+pub struct Tunnels {
+    settings: SshSettings,
+    channel_settings: Arc<ChannelSettings>,
+    live: DashMap<TunnelId, Vec<Arc<Attachment>>>,
+    sessions: DashMap<u64, Arc<Session>>,
+    next_id: AtomicU64,
+    routes: Arc<Routes>,
+    records: Arc<Records>,
+    applied: tokio::sync::watch::Receiver<u64>,
+    urls: Urls,
+    name_key: [u8; 32],
+    tasks: TaskTracker,
+    per_address: PerAddress,
+    unauthenticated: PerAddress,
+    session_count: Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl Tunnels {
+    /// No session yet.
+    pub fn new(settings: SshSettings, parts: Parts) -> Arc<Self> {
+        let channel_settings = ChannelSettings {
+            channel_buffer: settings.channel_buffer,
+            tunnel_buffer: settings.tunnel_buffer,
+            stall_deadline: settings.stall_deadline,
+            stall_floor: settings.stall_floor,
+        };
+        Arc::new(Self {
+            per_address: PerAddress::new(settings.sessions_per_address, parts.exempt_loopback),
+            unauthenticated: PerAddress::new(settings.unauthenticated_per_address, parts.exempt_loopback),
+            channel_settings: Arc::new(channel_settings),
+            settings,
+            live: DashMap::new(),
+            sessions: DashMap::new(),
+            next_id: AtomicU64::new(1),
+            routes: parts.routes,
+            records: parts.records,
+            applied: parts.applied,
+            urls: parts.urls,
+            name_key: parts.name_key,
+            tasks: parts.tasks,
+            session_count: Arc::default(),
+        })
+    }
+
+    /// The knobs.
+    pub fn settings(&self) -> &SshSettings {
+        &self.settings
+    }
+
+    /// The sessions that serve a tunnel and still may, the latest login first;
+    /// the others are silent standbys.
+    pub fn candidates(&self, tunnel: &TunnelId) -> Vec<Arc<Attachment>> {
+        let Some(record) = self.routes.tunnel(tunnel) else { return Vec::new() };
+        let Some(attached) = self.live.get(tunnel) else { return Vec::new() };
+        attached.iter().rev().filter(|a| self.is_entitled(a, &record)).cloned().collect()
+    }
+
+    /// Whether the session's key is still in the tunnel's record: checked anew
+    /// when the record has changed.
+    fn is_entitled(&self, attachment: &Attachment, record: &Arc<Tunnel>) -> bool {
+        let mut entitled = attachment.entitled.lock();
+        if Arc::ptr_eq(&entitled, record) {
+            return true;
+        }
+        let session = &attachment.session;
+        let may = session.login.get().is_some_and(|login| match login {
+            // What a login without a key made stays its maker's until a record gives it keys.
+            keys::Login::Nobody => {
+                record.keys.is_empty() && record.cert_authorities.is_empty() && session.made.lock().contains(&record.id)
+            }
+            login => login.may_serve(session.user(), record, &self.settings.cert_authorities),
+        });
+        if may {
+            *entitled = Arc::clone(record);
+        }
+        may
+    }
+
+    /// Opens a way to the origin through one session.
+    ///
+    /// # Errors
+    /// `OriginRefused`, `TunnelSilent`, `TunnelLost`, `TunnelLimit`.
+    pub async fn open(
+        &self,
+        attachment: &Attachment,
+        visitor: &Visitor,
+        permits: Vec<Permit>,
+    ) -> Result<Stream, Error> {
+        let stream = attachment.session.open(self, &attachment.bind, visitor, permits).await?;
+        Ok(Stream::other(stream))
+    }
+
+    /// An open through this session is slow.
+    pub fn suspect(&self, attachment: &Attachment) {
+        attachment.session.suspect();
+    }
+
+    /// All sessions, for status and drain.
+    pub fn sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions.iter().map(|s| Arc::clone(s.value())).collect()
+    }
+
+    /// The live tunnels with their sessions, the latest login first.
+    pub fn live(&self) -> HashMap<TunnelId, Vec<Arc<Session>>> {
+        let sessions = |all: &Vec<Arc<Attachment>>| all.iter().rev().map(|a| Arc::clone(&a.session)).collect();
+        self.live.iter().map(|t| (t.key().clone(), sessions(t.value()))).collect()
+    }
+
+    /// Attaches a tunnel to a session; the latest login wins, older ones stay
+    /// as silent standbys, and both are told.
+    fn attach(self: &Arc<Self>, session: &Arc<Session>, tunnel: &Arc<Tunnel>, bind: Bind) -> Attached {
+        let attachment = Arc::new(Attachment {
+            session: Arc::clone(session),
+            tunnel: tunnel.id.clone(),
+            bind,
+            entitled: Mutex::new(Arc::clone(tunnel)),
+        });
+        let before = {
+            let mut all = self.live.entry(tunnel.id.clone()).or_default();
+            let before = all.last().map(|a| Arc::clone(&a.session)).filter(|s| s.id != session.id);
+            all.push(Arc::clone(&attachment));
+            before
+        };
+        metrics::gauge!("adit_tunnels_attached").increment(1.0);
+        if let Some(older) = before {
+            tracing::info!(tunnel = %tunnel.id, newer = session.id, older = older.id, "latest login wins");
+            older.console.say(format!(
+                "{}: a newer login from {} serves now; this session stands by",
+                tunnel.id,
+                session.peer.ip()
+            ));
+            session.console.say(format!(
+                "{}: took over from an older login from {}, which stands by",
+                tunnel.id,
+                older.peer.ip()
+            ));
+        }
+        Attached { tunnels: Arc::clone(self), attachment }
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let Attachment { tunnel, session, .. } = &*self.attachment;
+        let mut promoted = None;
+        if let Some(mut all) = self.tunnels.live.get_mut(tunnel) {
+            let was_serving = all.last().is_some_and(|a| Arc::ptr_eq(a, &self.attachment));
+            all.retain(|a| !Arc::ptr_eq(a, &self.attachment));
+            promoted = all.last().filter(|_| was_serving).map(|a| Arc::clone(&a.session));
+        }
+        self.tunnels.live.remove_if(tunnel, |_, all| all.is_empty());
+        metrics::gauge!("adit_tunnels_attached").decrement(1.0);
+        if let Some(standby) = promoted.filter(|s| s.id != session.id) {
+            tracing::info!(%tunnel, session = standby.id, gone = session.id, "a standby serves again");
+            standby.console.say(format!("{tunnel}: the newer login is gone; this session serves again"));
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! One SSH connection of an owner: its login, its forwards, its console, and
+//! whether its peer is still there.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+use russh::server::{Handle, Msg};
+use russh::{Channel, ChannelMsg, Error as SshError};
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::channel::{Shared, SshStream};
+use super::console::Console;
+use super::keys::Login;
+use super::{Attached, Tunnels};
+use crate::error::Error;
+use crate::feed::Lease;
+use crate::limits::Permit;
+use crate::model::{TunnelId, Visitor};
+
+/// How a forward was asked for, and so how its channels are opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bind {
+    /// `tcpip-forward`: the exact address asked for, and the port of the reply.
+    Tcp(String, u32),
+    /// `streamlocal-forward@openssh.com`: the exact path asked for.
+    Path(String),
+}
+
+/// One live SSH connection.
+pub struct Session {
+    /// Its number on this node: later logins have higher ones.
+    pub id: u64,
+    /// Where the owner comes from.
+    pub peer: SocketAddr,
+    /// When it connected.
+    pub since: SystemTime,
+    /// The owner's log.
+    pub console: Arc<Console>,
+    /// Cancelled when the connection has ended.
+    pub ended: CancellationToken,
+    pub(super) user: OnceLock<String>,
+    pub(super) login: OnceLock<Login>,
+    pub(super) handle: OnceLock<Handle>,
+    pub(super) forwards: Mutex<Vec<Attached>>,
+    /// What a login without a key made, and what keeps it until the end.
+    pub(super) made: Mutex<Vec<TunnelId>>,
+    pub(super) lease: Mutex<Option<Lease>>,
+    pub(super) channels: Arc<AtomicUsize>,
+    pub(super) authenticated: Notify,
+    shared: Arc<Shared>,
+    /// Clients that drop the answer after our CHANNEL_EOF.
+    hold_eof: bool,
+    rtt_us: AtomicU64,
+    suspect: Notify,
+    wire: Mutex<Option<socket2::Socket>>,
+}
+
+impl Session {
+    pub(super) fn new(id: u64, peer: SocketAddr, wire: Option<socket2::Socket>, client_banner: &str) -> Self {
+        Self {
+            id,
+            peer,
+            since: SystemTime::now(),
+            console: Arc::default(),
+            ended: CancellationToken::new(),
+            user: OnceLock::new(),
+            login: OnceLock::new(),
+            handle: OnceLock::new(),
+            forwards: Mutex::default(),
+            made: Mutex::default(),
+            lease: Mutex::new(None),
+            channels: Arc::default(),
+            authenticated: Notify::new(),
+            shared: Arc::default(),
+            // Measured: Go's client closes the channel on our EOF, answer or not.
+            hold_eof: ["SSH-2.0-Go", "SSH-2.0-Mysocketctl", "SSH-2.0-mysocketctl"]
+                .iter()
+                .any(|p| client_banner.starts_with(p)),
+            rtt_us: AtomicU64::new(0),
+            suspect: Notify::new(),
+            wire: Mutex::new(wire),
+        }
+    }
+
+    /// The SSH user name; empty before login.
+    pub fn user(&self) -> &str {
+        self.user.get().map_or("", String::as_str)
+    }
+
+    /// The tunnel's round-trip time, once measured.
+    pub fn rtt(&self) -> Option<Duration> {
+        match self.rtt_us.load(Ordering::Relaxed) {
+            0 => None,
+            us => Some(Duration::from_micros(us)),
+        }
+    }
+
+    /// Visitors' channels open now.
+    pub fn channels(&self) -> usize {
+        self.channels.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that wait for visitors now.
+    pub fn queued_bytes(&self) -> usize {
+        self.shared.queued()
+    }
+
+    /// Asks the owner's client for a way to the origin.
+    ///
+    /// # Errors
+    /// `OriginRefused` (the client could not reach the origin), `TunnelLimit`,
+    /// `TunnelSilent` (no answer within `open_deadline`), `TunnelLost`.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a channel that opens after the caller has left is closed.
+    pub(super) async fn open(
+        self: &Arc<Self>,
+        tunnels: &Tunnels,
+        bind: &Bind,
+        visitor: &Visitor,
+        mut permits: Vec<Permit>,
+    ) -> Result<SshStream, Error> {
+        let handle = self.handle.get().cloned().ok_or(Error::TunnelLost)?;
+        let settings = &tunnels.settings;
+        permits.push(Permit::take(&self.channels, settings.connections_per_tunnel).ok_or(Error::TunnelLimit)?);
+        let (answer, opened) = tokio::sync::oneshot::channel::<(Channel<Msg>, Vec<Permit>)>();
+        let (bind, visitor, deadline) = (bind.clone(), *visitor, settings.open_deadline);
+        let session = Arc::clone(self);
+        let (failed, failure) = tokio::sync::oneshot::channel();
+        // In a task of its own: the library ends the whole session if the
+        // answer to an open finds its asker gone.
+        tunnels.tasks.spawn(async move {
+            let open = async {
+                match &bind {
+                    Bind::Tcp(address, port) => {
+                        let originator = visitor.addr.ip().to_string();
+                        let port_of_visitor = u32::from(visitor.addr.port().max(1));
+                        handle.channel_open_forwarded_tcpip(address.as_str(), *port, originator, port_of_visitor).await
+                    }
+                    Bind::Path(path) => handle.channel_open_forwarded_streamlocal(path.as_str()).await,
+                }
+            };
+            tokio::select! {
+                result = open => match result {
+                    Ok(channel) => {
+                        if let Err((channel, _)) = answer.send((channel, permits)) {
+                            let _ = timeout(deadline, channel.close()).await;
+                        }
+                    }
+                    Err(SshError::ChannelOpenFailure(_)) => { let _ = failed.send(Error::OriginRefused); }
+                    Err(_) => { let _ = failed.send(Error::TunnelLost); }
+                },
+                () = session.ended.cancelled() => { let _ = failed.send(Error::TunnelLost); }
+            }
+        });
+        match timeout(deadline, opened).await {
+            Ok(Ok((channel, permits))) => {
+                let (stream, pump) = SshStream::new(
+                    channel,
+                    Arc::clone(&self.shared),
+                    Arc::clone(&tunnels.channel_settings),
+                    self.hold_eof,
+                    permits,
+                );
+                tunnels.tasks.spawn(pump);
+                Ok(stream)
+            }
+            Ok(Err(_)) => Err(failure.await.unwrap_or(Error::TunnelLost)),
+            Err(_) => Err(Error::TunnelSilent),
+        }
+    }
+
+    /// An open was slow: find out now whether the peer is still there.
+    pub(super) fn suspect(&self) {
+        self.suspect.notify_one();
+    }
+
+    /// Ends the connection whatever its state: the library reads no request to
+    /// disconnect while it is held up.
+    pub fn kill(&self) {
+        if let Some(wire) = self.wire.lock().take() {
+            let _ = wire.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Asks the client to leave, with a reason that it shows.
+    pub async fn disconnect(&self, why: &str) {
+        if let Some(handle) = self.handle.get() {
+            let bye = handle.disconnect(russh::Disconnect::ByApplication, why.to_owned(), String::new());
+            let _ = timeout(Duration::from_secs(1), bye).await;
+        }
+    }
+
+    /// Watches the peer until the connection ends: a request that any client
+    /// must answer, on a timer and at once after a slow open. A peer that does
+    /// not answer is dead, unless a visitor holds the session up just now.
+    pub(super) async fn watch(&self, interval: Duration, deadline: Duration) {
+        let Some(handle) = self.handle.get() else { return };
+        loop {
+            let (patience, asked) = tokio::select! {
+                () = sleep(interval) => (deadline, false),
+                () = self.suspect.notified() => (deadline / 3, true),
+            };
+            let start = Instant::now();
+            // Answered with REQUEST_FAILURE: nobody has such a forward.
+            let probe = handle.cancel_forward_tcpip("rtt@adit".to_owned(), 0);
+            tokio::pin!(probe);
+            loop {
+                match timeout(patience, &mut probe).await {
+                    Ok(_) => {
+                        let us = start.elapsed().as_micros().clamp(1, u128::from(u64::MAX));
+                        self.rtt_us.store(u64::try_from(us).unwrap_or(u64::MAX), Ordering::Relaxed);
+                        metrics::histogram!("adit_tunnel_rtt_seconds").record(start.elapsed().as_secs_f64());
+                        break;
+                    }
+                    Err(_) if self.shared.is_held() => {}
+                    Err(_) => {
+                        tracing::info!(session = self.id, peer = %self.peer, asked, "the peer does not answer; session ended");
+                        metrics::counter!("adit_sessions_dead_total").increment(1);
+                        self.kill();
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Serves the owner's terminal until it closes or asks to leave.
+    pub(super) async fn serve_console(self: Arc<Self>, channel: Channel<Msg>, pty: bool) {
+        let (mut read, write) = channel.split();
+        let line_end = if pty { "\r\n" } else { "\n" };
+        self.console.attach();
+        let show = async {
+            loop {
+                let text = self.console.next(line_end).await;
+                if write.data_bytes(text.into_bytes()).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let listen = async {
+            while let Some(message) = read.wait().await {
+                match message {
+                    // Ctrl-C and Ctrl-D come as bytes: the client's terminal is raw.
+                    ChannelMsg::Data { data } if pty && data.iter().any(|b| matches!(b, 3 | 4)) => return true,
+                    ChannelMsg::Signal { .. } => return true,
+                    ChannelMsg::Close => return false,
+                    _ => {}
+                }
+            }
+            false
+        };
+        let leave = tokio::select! {
+            () = show => false,
+            leave = listen => leave,
+            () = self.ended.cancelled() => false,
+        };
+        let goodbye = async {
+            let _ = write.exit_status(0).await;
+            let _ = write.close().await;
+        };
+        let _ = timeout(Duration::from_secs(1), goodbye).await;
+        if leave {
+            // The client leaves by itself when its shell has closed; be sure of it.
+            let _ = timeout(Duration::from_secs(1), self.ended.cancelled()).await;
+            self.disconnect("bye").await;
+        }
+    }
+
+    /// The connection has ended: what it held is given back.
+    pub(super) fn finish(&self) {
+        self.ended.cancel();
+        self.forwards.lock().clear();
+        *self.lease.lock() = None;
+        *self.wire.lock() = None;
+    }
+}
