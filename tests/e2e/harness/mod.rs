@@ -1,0 +1,42 @@
+//! What scenarios stand on: nodes and ssh clients as real processes, origins in
+//! this process, visitors, and a pattern of bytes that is checked as it flows.
+
+mod node;
+mod origin;
+mod pattern;
+mod program;
+mod ssh;
+mod visitor;
+mod websocket;
+
+use std::time::Duration;
+
+pub use node::{Node, NodeOpts};
+pub use origin::{Body, Origin, pattern_body};
+pub use pattern::Pattern;
+pub use program::Program;
+pub use ssh::{Key, Ssh, SshOpts};
+pub use visitor::{Io, curl, get_exact, h2, read_answer, request, tls_connect, trusting};
+pub use websocket::WebSocket;
+
+/// No single step of a scenario takes longer on a busy machine.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// The full size with `ADIT_LONG=1`, else the short one.
+pub fn size(full: u64, short: u64) -> u64 {
+    if std::env::var_os("ADIT_LONG").is_some_and(|v| v == "1") { full } else { short }
+}
+
+/// Awaits `step`; panics by `what` where it takes too long.
+pub async fn within<T>(limit: Duration, what: &str, step: impl Future<Output = T>) -> T {
+    tokio::time::timeout(limit, step).await.unwrap_or_else(|_| panic!("{what}: not within {limit:?}"))
+}
+
+/// Whether this machine has ::1; a scenario that needs it says so and passes.
+pub fn has_ipv6() -> bool {
+    let has = std::net::TcpListener::bind("[::1]:0").is_ok();
+    if !has {
+        eprintln!("skipped: this machine has no ::1");
+    }
+    has
+}

@@ -1,0 +1,206 @@
+//! One adit as its operator would run it: the real binary, a settings file, a
+//! state folder, and a loopback address of its own so that the usual ports
+//! never clash between tests.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::{DEADLINE, Key, Program, request, within};
+
+/// What differs from the harness's node.
+#[derive(Default)]
+pub struct NodeOpts {
+    settings: Vec<(String, String)>,
+    ipv6: bool,
+}
+
+impl NodeOpts {
+    /// One more line of a section, over the harness's: `("ssh", "mode = \"closed\"")`.
+    #[must_use]
+    pub fn set(mut self, section: &str, line: &str) -> Self {
+        self.settings.push((section.to_owned(), line.to_owned()));
+        self
+    }
+
+    /// Listens on ::1 too (on ports that the system chooses).
+    #[must_use]
+    pub fn ipv6(mut self) -> Self {
+        self.ipv6 = true;
+        self
+    }
+}
+
+/// A running node. Dropping it kills it; a failing test prints its log.
+pub struct Node {
+    dir: tempfile::TempDir,
+    program: Option<Program>,
+    /// Its own loopback address.
+    pub ip: IpAddr,
+    /// The key that `Ssh` logs in with unless told otherwise.
+    pub key: Key,
+    listening: BTreeMap<String, Vec<SocketAddr>>,
+}
+
+impl Node {
+    /// An open node with default settings.
+    pub async fn start() -> Self {
+        Self::with(NodeOpts::default()).await
+    }
+
+    /// A node with other settings; returns when it is ready.
+    pub async fn with(opts: NodeOpts) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let ip = own_address();
+        std::fs::write(dir.path().join("adit.toml"), settings(ip, &opts)).unwrap();
+        let key = Key::new(dir.path(), "ed25519");
+        let mut node = Self { dir, program: None, ip, key, listening: BTreeMap::new() };
+        node.launch().await;
+        node
+    }
+
+    async fn launch(&mut self) {
+        let listening = self.state().join("listening.json");
+        let _ = std::fs::remove_file(&listening);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_adit"));
+        command.arg("run").arg("--config").arg(self.dir.path().join("adit.toml"));
+        command.arg("--state").arg(self.state()).env("RUST_BACKTRACE", "1").env_remove("ADIT_STATE");
+        let program = self.program.insert(Program::start("adit", command));
+        let by = Instant::now() + DEADLINE;
+        // Written whole, and only when ready.
+        while !listening.exists() {
+            assert!(program.runs(), "adit ended at its start:\n{}", program.output());
+            assert!(Instant::now() < by, "adit is not ready within {DEADLINE:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.listening = serde_json::from_slice(&std::fs::read(&listening).unwrap()).unwrap();
+    }
+
+    /// The state folder.
+    pub fn state(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// The made-up CA's certificate.
+    pub fn ca(&self) -> PathBuf {
+        self.state().join("tls/ca.pem")
+    }
+
+    /// Where it listens for `http`, `https`, `ssh` or `control`, on its own address.
+    pub fn addr(&self, listener: &str) -> SocketAddr {
+        self.addr_on(listener, self.ip)
+    }
+
+    /// The same on another of its addresses.
+    pub fn addr_on(&self, listener: &str, ip: IpAddr) -> SocketAddr {
+        let all = &self.listening[listener];
+        *all.iter().find(|a| a.ip() == ip).unwrap_or_else(|| panic!("{listener} listens on {all:?}, not on {ip}"))
+    }
+
+    /// The running program.
+    pub fn program(&mut self) -> &mut Program {
+        self.program.as_mut().unwrap()
+    }
+
+    /// Its log so far.
+    pub fn log(&self) -> String {
+        self.program.as_ref().unwrap().output()
+    }
+
+    /// Tells it to drain (SIGTERM) without waiting.
+    pub fn drain(&mut self) {
+        self.program().signal("TERM");
+    }
+
+    /// Kills it.
+    pub fn kill9(&mut self) {
+        self.program().kill9();
+    }
+
+    /// Ends it if it runs (in good order, or by force at last) and starts it on the same state.
+    pub async fn restart(&mut self) {
+        if self.program().runs() {
+            self.drain();
+            self.drain();
+            self.program().ended(DEADLINE).await;
+        }
+        self.launch().await;
+    }
+
+    /// One call of the operator's API: status and JSON body (null where none).
+    pub async fn api(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let mut stream = tokio::net::TcpStream::connect(self.addr("control")).await.unwrap();
+        let head = format!("{method} {path} HTTP/1.1\r\ncontent-type: application/json\r\n");
+        let host = self.addr("control").to_string();
+        let call = request(&mut stream, &head, &host, body.as_bytes());
+        let (status, _, body) = within(DEADLINE, "an API call", call).await;
+        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    }
+
+    /// Puts a record and expects it to be taken.
+    pub async fn put(&self, path: &str, record: Value) {
+        let (status, answer) = self.api("PUT", &format!("/v1/{path}"), Some(&record)).await;
+        assert!(matches!(status, 200 | 201), "PUT {path}: {status} {answer}");
+    }
+
+    /// The public port of a tcp or tls socket.
+    pub async fn port_of(&self, socket: &str) -> u16 {
+        let (status, record) = self.api("GET", &format!("/v1/sockets/{socket}"), None).await;
+        assert_eq!(status, 200, "socket {socket}: {record}");
+        u16::try_from(record["ports"][0].as_u64().expect("a port")).unwrap()
+    }
+}
+
+/// An address of 127.0.0.0/8 that no other test of this machine uses now.
+fn own_address() -> IpAddr {
+    static NODES: AtomicU32 = AtomicU32::new(0);
+    let n = (std::process::id() * 8 + NODES.fetch_add(1, Ordering::Relaxed)) & 0x7f_ffff;
+    let [_, x, y, z] = n.to_be_bytes();
+    IpAddr::from([127, 64 + x, y, z])
+}
+
+fn settings(ip: IpAddr, opts: &NodeOpts) -> String {
+    let listen = |port: u16| match opts.ipv6 {
+        true => format!("[\"{ip}:{port}\", \"[::1]:0\"]"),
+        false => format!("[\"{ip}:{port}\"]"),
+    };
+    // On ::1 tests share one address: a range of their own instead.
+    let first = 21000 + (std::process::id() % 1000) * 10;
+    let (raw, ports) = match opts.ipv6 {
+        true => (format!("[\"{ip}\", \"::1\"]"), format!("{first}-{}", first + 9)),
+        false => (format!("[\"{ip}\"]"), "20000-20999".to_owned()),
+    };
+    let mut all = BTreeMap::<&str, BTreeMap<&str, String>>::new();
+    let mut set = |section, key, value: String| {
+        all.entry(section).or_default().insert(key, value);
+    };
+    set("node", "name", "\"test\"".into());
+    set("node", "domain", "\"edge.localhost\"".into());
+    set("log", "level", "\"info,adit=debug\"".into());
+    set("ingress", "http", listen(8080));
+    set("ingress", "https", listen(8443));
+    set("ingress", "raw", raw);
+    set("ingress", "ports", format!("\"{ports}\""));
+    set("tls", "make_certificate", "true".into());
+    set("ssh", "listen", listen(2222));
+    set("ssh", "mode", "\"open\"".into());
+    set("control", "listen", format!("[\"{ip}:9090\"]"));
+    for (section, line) in &opts.settings {
+        let (key, value) = line.split_once('=').unwrap();
+        set(section, key.trim(), value.trim().to_owned());
+    }
+    let mut text = String::new();
+    for (section, keys) in all {
+        text += &format!("[{section}]\n");
+        for (key, value) in keys {
+            text += &format!("{key} = {value}\n");
+        }
+    }
+    text
+}
