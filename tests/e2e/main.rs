@@ -9,5 +9,7 @@
 mod harness;
 
 mod cli;
+mod clients;
 mod harness_itself;
+mod owners;
 mod types;

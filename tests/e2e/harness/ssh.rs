@@ -62,6 +62,10 @@ pub struct SshOpts {
     pub session: Session,
     /// The node's address to log in at; its own where none is given.
     pub ip: Option<IpAddr>,
+    /// The port to log in at; the SSH port where none is given.
+    pub port: Option<u16>,
+    /// Ask nothing; off, keyboard-interactive is tried too.
+    pub batch: bool,
     /// More arguments.
     pub extra: Vec<String>,
 }
@@ -81,7 +85,16 @@ impl SshOpts {
     /// `-N` with these forwards.
     pub fn new(forwards: &[&str]) -> Self {
         let forwards = forwards.iter().map(|f| (*f).to_owned()).collect();
-        Self { forwards, user: "tester".into(), key: None, session: Session::None, ip: None, extra: Vec::new() }
+        Self {
+            forwards,
+            user: "tester".into(),
+            key: None,
+            session: Session::None,
+            ip: None,
+            port: None,
+            batch: true,
+            extra: Vec::new(),
+        }
     }
 
     /// Opens the console on a pty.
@@ -117,7 +130,8 @@ impl Ssh {
         let addr = node.addr_on("ssh", opts.ip.unwrap_or(node.ip));
         let key = opts.key.as_ref().unwrap_or(&node.key);
         let mut command = Command::new("ssh");
-        command.args(["-v", "-F", "none", "-p", &addr.port().to_string(), "-l", &opts.user]);
+        let port = opts.port.unwrap_or(addr.port());
+        command.args(["-v", "-F", "none", "-p", &port.to_string(), "-l", &opts.user]);
         command.arg("-i").arg(&key.path).env_remove("SSH_AUTH_SOCK");
         for option in [
             "UserKnownHostsFile=/dev/null",
@@ -126,7 +140,7 @@ impl Ssh {
             "ExitOnForwardFailure=yes",
             "IdentitiesOnly=yes",
             "IdentityAgent=none",
-            "BatchMode=yes",
+            if opts.batch { "BatchMode=yes" } else { "BatchMode=no" },
             "ConnectTimeout=10",
         ] {
             command.args(["-o", option]);
