@@ -16,6 +16,6 @@ pub mod relay;
 pub mod routes;
 pub mod secret_file;
 pub mod stream;
-pub mod tunnel;
 pub mod tls;
+pub mod tunnel;
 pub mod visit_log;

@@ -9,5 +9,9 @@
 mod harness;
 
 mod cli;
+mod clients;
+mod faults;
 mod harness_itself;
+mod stall;
+mod takeover;
 mod types;

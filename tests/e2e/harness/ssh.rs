@@ -84,6 +84,13 @@ impl SshOpts {
         Self { forwards, user: "tester".into(), key: None, session: Session::None, ip: None, extra: Vec::new() }
     }
 
+    /// Logs in with another key.
+    #[must_use]
+    pub fn key(mut self, key: &Key) -> Self {
+        self.key = Some(key.clone());
+        self
+    }
+
     /// Opens the console on a pty.
     #[must_use]
     pub fn pty(mut self) -> Self {
