@@ -16,7 +16,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
     ("adit_visitors_refused_total", Unit::Count, "Connections refused at the door, by limit"),
     ("adit_visitors_stalled_total", Unit::Count, "Visitors reset because they held their tunnel up"),
     ("adit_visitors_cut_total", Unit::Count, "Connections cut at the end of a drain"),
-    ("adit_accept_errors_total", Unit::Count, "Failed accepts, by error"),
+    ("adit_accept_failures_total", Unit::Count, "Failed accepts"),
     ("adit_ssh_refused_total", Unit::Count, "SSH connections refused at the door, by limit"),
     ("adit_ssh_rejected_total", Unit::Count, "SSH logins rejected"),
     ("adit_ssh_login_timeouts_total", Unit::Count, "SSH connections that did not log in in time"),

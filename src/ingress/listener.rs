@@ -143,6 +143,13 @@ pub fn only_v6(addr: SocketAddr, all: &[SocketAddr]) -> bool {
     unspecified && all.iter().any(|other| other.is_ipv4() && other.port() == addr.port())
 }
 
+/// Whether binding failed because this machine has no such address family (no
+/// IPv6), not because of anything that somebody could mend in the settings.
+pub fn lacks_family(error: &io::Error) -> bool {
+    let none = [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL];
+    none.iter().any(|e| error.raw_os_error() == Some(e.raw_os_error()))
+}
+
 /// Sets what a connection does not inherit from the listener that accepted it:
 /// a visitor on loopback gets the system's own congestion control back.
 pub fn prepare_accepted(stream: &TcpStream, settings: &TcpSettings) {

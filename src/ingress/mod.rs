@@ -46,8 +46,6 @@ pub struct IngressSettings {
     pub connections: usize,
     /// Visitors' connections of one address at once.
     pub connections_per_address: usize,
-    /// What may come before a connection says what it speaks.
-    pub hello: HelloSettings,
 }
 
 impl IngressSettings {
@@ -61,7 +59,6 @@ impl IngressSettings {
             ports: f.take("ports", PortRange { first: 20000, last: 20999 }),
             connections: f.take("connections", 200_000),
             connections_per_address: f.take("connections_per_address", 1_000),
-            hello: HelloSettings::read(f),
         }
     }
 }
@@ -104,6 +101,8 @@ pub struct Parts {
     pub owner_tasks: TaskTracker,
     /// The stages of the shutdown.
     pub stages: Stages,
+    /// `[hello]`.
+    pub hello: HelloSettings,
     /// `[relay]`.
     pub relay: RelaySettings,
     /// `[tcp]`.

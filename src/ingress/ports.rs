@@ -104,7 +104,8 @@ fn bind_all(
     let mut listeners = Vec::new();
     for ip in addrs {
         let addr = SocketAddr::new(*ip, port);
-        match listener::bind(addr, &ingress.parts.tcp) {
+        let only_v6 = ip.is_unspecified() && addrs.iter().any(IpAddr::is_ipv4);
+        match listener::bind(addr, only_v6, &ingress.parts.tcp) {
             Ok(listener) => listeners.push(listener),
             // A machine without IPv6 still serves the other family.
             Err(error) if listener::lacks_family(&error) && addrs.len() > 1 => {}
