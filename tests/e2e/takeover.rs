@@ -24,7 +24,8 @@ async fn the_latest_login_serves_and_the_older_takes_over_when_it_dies() {
     // The very next visitor, with no time for anybody to notice.
     assert_eq!(curl(&node, &[&url]).await.0, 200);
     assert_eq!(counts([&old, &new]), [1, 1]);
-    first.program.wait_for("standby", 1, DEADLINE).await;
+    first.program.wait_for("stands by", 1, DEADLINE).await;
+    first.program.wait_for("serves again", 1, DEADLINE).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
