@@ -255,7 +255,6 @@ impl Certificates {
         let new = Arc::new(presentable(&certificate.chain_pem, &certificate.key_pem, &self.provider)?);
         let id = &certificate.id;
         let mut table = self.table.write();
-        // The new one first, so that a name both have is never missing.
         table.forget(id);
         for name in &new.names {
             table.by_name.entry(name.as_str().into()).or_default().push((id.clone(), Arc::clone(&new)));

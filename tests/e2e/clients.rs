@@ -1,126 +1,109 @@
-//! Tunnel clients other than OpenSSH, unmodified: each registers a socket and
-//! carries a visitor's bytes both ways.
+//! Other SSH clients than OpenSSH, as Debian ships them: each registers a
+//! tunnel and serves.
 
-use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
-
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
 use crate::harness::*;
 
-const MIB: u64 = 1 << 20;
-
-/// Waits until the named socket has a live tunnel.
-async fn registered(node: &Node, program: &Program) {
-    let by = std::time::Instant::now() + DEADLINE;
-    while !node.log().contains("registered") {
-        assert!(std::time::Instant::now() < by, "not registered:\n{}\n{}", program.output(), node.log());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+/// Runs a command that must succeed, for its output.
+fn output(command: &mut Command) -> String {
+    let done = command.output().unwrap_or_else(|e| panic!("{command:?}: {e} (tests/run installs it)"));
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
-/// 4 MiB each way, byte-exact, and a half-close.
-async fn carries(node: &Node, socket: &str) {
-    let addr = SocketAddr::new(node.ip, node.port_of(socket).await);
-    let mut down = TcpStream::connect(addr).await.unwrap();
-    down.write_all(format!("DOWN {}\n", 4 * MIB).as_bytes()).await.unwrap();
-    assert_eq!(within(DEADLINE, "a download", Pattern::read(None, &mut down)).await, Ok(4 * MIB));
-    let mut up = TcpStream::connect(addr).await.unwrap();
-    up.write_all(b"EOF\n").await.unwrap();
-    Pattern::write(4 * MIB, &mut up).await.unwrap();
-    up.shutdown().await.unwrap();
-    let mut answer = String::new();
-    within(DEADLINE, "an answer", up.read_to_string(&mut answer)).await.unwrap();
-    assert_eq!(answer, format!("exact {}\n", 4 * MIB));
-}
-
-#[tokio::test]
-async fn dropbear_registers_and_serves() {
+/// Starts what `client` makes of node, forward (`web:80:…`) and a folder, and
+/// expects the origin's answer through it.
+async fn serves(client: impl AsyncFnOnce(&Node, &Origin, &Path) -> Command) {
     let node = Node::start().await;
-    let origin = Origin::raw().await;
-    let key = node.state().join("dropbear.key");
-    let made = Command::new("dropbearkey").args(["-t", "ed25519", "-f"]).arg(&key).output().expect("dropbear-bin");
-    assert!(made.status.success());
-    let ssh = node.addr("ssh");
-    let mut command = Command::new("dbclient");
-    command.args(["-y", "-y", "-N", "-p", &ssh.port().to_string(), "-i"]).arg(&key);
-    command.args(["-R", &format!("db:5000:{}", origin.target()), &format!("tester@{}", ssh.ip())]);
-    command.env("HOME", node.state());
-    let client = Program::start("dbclient", command);
-    registered(&node, &client).await;
-    carries(&node, "db").await;
+    let origin = Origin::http().await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = client(&node, &origin, dir.path()).await;
+    command.env("HOME", dir.path()).env_remove("SSH_AUTH_SOCK");
+    let mut program = Program::start("the client", command);
+    let url = format!("https://web.edge.localhost:{}/", node.addr("https").port());
+    let body = eventually("an answer through the client", async || {
+        assert!(program.runs(), "the client ended:\n{}", program.output());
+        let (status, body) = curl(&node, &[&url]).await;
+        (status == 200).then_some(body)
+    })
+    .await;
+    assert_eq!(body, "hello from the origin\n");
+    let big = curl(&node, &["-o", "/dev/null", &format!("{url}bytes/5000000")]).await;
+    assert_eq!(big.0, 200);
 }
 
-#[tokio::test]
-async fn plink_registers_and_serves() {
-    let node = Node::start().await;
-    let origin = Origin::raw().await;
-    let key = node.state().join("plink.ppk");
-    let made = Command::new("puttygen")
-        .arg(&node.key.path)
-        .args(["-O", "private", "-o"])
-        .arg(&key)
-        .output()
-        .expect("putty-tools");
-    assert!(made.status.success(), "{made:?}");
-    let ssh = node.addr("ssh");
-    let host_key = host_key_fingerprint(&node);
-    let mut command = Command::new("plink");
-    command.args(["-ssh", "-batch", "-N", "-P", &ssh.port().to_string(), "-hostkey", &host_key, "-i"]).arg(&key);
-    command.args(["-R", &format!("db:5000:{}", origin.target()), &format!("tester@{}", ssh.ip())]);
-    command.env("HOME", node.state());
-    let client = Program::start("plink", command);
-    registered(&node, &client).await;
-    carries(&node, "db").await;
+#[tokio::test(flavor = "multi_thread")]
+async fn dropbear_serves() {
+    serves(async |node, origin, dir| {
+        let key = dir.join("key.dropbear");
+        output(Command::new("dropbearconvert").args(["openssh", "dropbear"]).arg(&node.key.path).arg(&key));
+        let addr = node.addr("ssh");
+        let mut command = Command::new("dbclient");
+        command.args(["-y", "-y", "-N", "-T", "-l", "tester", "-p", &addr.port().to_string(), "-i"]).arg(key);
+        command.args(["-R", &format!("web:80:{}", origin.target()), &addr.ip().to_string()]);
+        command
+    })
+    .await;
 }
 
-/// What `ssh-keyscan` and `ssh-keygen -l` say of the node's host key.
-fn host_key_fingerprint(node: &Node) -> String {
-    let listed = Command::new("ssh-keygen").arg("-lf").arg(node.state().join("ssh_host_ed25519_key")).output().unwrap();
-    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
-    text.split(' ').nth(1).unwrap_or_else(|| panic!("{listed:?}")).to_owned()
+#[tokio::test(flavor = "multi_thread")]
+async fn putty_serves() {
+    serves(async |node, origin, dir| {
+        let (key, addr) = (dir.join("key.ppk"), node.addr("ssh"));
+        output(Command::new("puttygen").arg(&node.key.path).args(["-O", "private", "-o"]).arg(&key));
+        let (ip, port) = (addr.ip().to_string(), addr.port().to_string());
+        let scanned = dir.join("host.pub");
+        std::fs::write(&scanned, output(Command::new("ssh-keyscan").args(["-p", &port, "-t", "ed25519", &ip])))
+            .unwrap();
+        let print = output(Command::new("ssh-keygen").arg("-lf").arg(scanned));
+        let print = print.split(' ').find(|word| word.starts_with("SHA256:")).unwrap().to_owned();
+        let mut command = Command::new("plink");
+        command.args(["-batch", "-ssh", "-N", "-P", &port, "-l", "tester", "-hostkey", &print, "-i"]).arg(key);
+        command.args(["-R", &format!("web:80:{}", origin.target()), &ip]);
+        command
+    })
+    .await;
 }
 
 const PARAMIKO: &str = r#"
-import socket, sys, threading, paramiko
-host, port, key, origin = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+import select, socket, sys, threading
+import paramiko
+
+host, port, key, target = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 client = paramiko.SSHClient()
 client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
-client.connect(host, port, username="tester", pkey=paramiko.Ed25519Key.from_private_key_file(key), allow_agent=False, look_for_keys=False)
-transport = client.get_transport()
-def pump(read, write, end):
+client.connect(host, port, "tester", key_filename=key, look_for_keys=False, allow_agent=False)
+
+def pump(channel):
+    origin = socket.create_connection(("127.0.0.1", int(target)))
     while True:
-        data = read(32768)
-        if not data: break
-        write(data)
-    end()
-def serve(channel):
-    oh, op = origin.rsplit(":", 1)
-    tcp = socket.create_connection((oh, int(op)))
-    up = threading.Thread(target=pump, args=(channel.recv, tcp.sendall, lambda: tcp.shutdown(socket.SHUT_WR)))
-    down = threading.Thread(target=pump, args=(tcp.recv, channel.sendall, channel.shutdown_write))
-    up.start(); down.start(); up.join(); down.join(); channel.close()
-def handler(channel, origin_addr, server_addr):
-    threading.Thread(target=serve, args=(channel,), daemon=True).start()
-bound = transport.request_port_forward("db", 5000, handler)
-print("registered", bound, flush=True)
-threading.Event().wait()
+        ready, _, _ = select.select([channel, origin], [], [])
+        for source, sink in ((channel, origin), (origin, channel)):
+            if source in ready:
+                piece = source.recv(65536)
+                if not piece:
+                    channel.close()
+                    origin.close()
+                    return
+                sink.sendall(piece)
+
+transport = client.get_transport()
+transport.request_port_forward("web", 80)
+while True:
+    threading.Thread(target=pump, args=(transport.accept(),), daemon=True).start()
 "#;
 
-#[tokio::test]
-async fn paramiko_registers_and_serves() {
-    let node = Node::start().await;
-    let origin = Origin::raw().await;
-    let ssh = node.addr("ssh");
-    // Debian's paramiko belongs to Debian's python.
-    let mut command = Command::new("/usr/bin/python3");
-    command
-        .args(["-c", PARAMIKO, &ssh.ip().to_string(), &ssh.port().to_string()])
-        .arg(&node.key.path)
-        .arg(origin.target());
-    let client = Program::start("paramiko", command);
-    client.wait_for("registered", 1, DEADLINE).await;
-    carries(&node, "db").await;
+#[tokio::test(flavor = "multi_thread")]
+async fn paramiko_serves() {
+    serves(async |node, origin, _| {
+        let addr = node.addr("ssh");
+        // Debian's own: its modules are not seen by another on the PATH.
+        let mut command = Command::new("/usr/bin/python3");
+        command.args(["-c", PARAMIKO, &addr.ip().to_string(), &addr.port().to_string()]);
+        command.arg(&node.key.path).arg(origin.addr.port().to_string());
+        command
+    })
+    .await;
 }

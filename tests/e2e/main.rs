@@ -12,4 +12,8 @@ mod cli;
 mod clients;
 mod harness_itself;
 mod owners;
+mod faults;
+mod harness_itself;
+mod stall;
+mod takeover;
 mod types;

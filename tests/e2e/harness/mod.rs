@@ -15,7 +15,7 @@ pub use node::{Node, NodeOpts};
 pub use origin::{Body, Origin, pattern_body};
 pub use pattern::Pattern;
 pub use program::Program;
-pub use ssh::{Key, Ssh, SshOpts};
+pub use ssh::{Key, Session, Ssh, SshOpts};
 pub use visitor::{Io, curl, get_exact, h2, read_answer, request, tls_connect, trusting};
 pub use websocket::WebSocket;
 
@@ -39,4 +39,17 @@ pub fn has_ipv6() -> bool {
         eprintln!("skipped: this machine has no ::1");
     }
     has
+}
+
+/// Repeats `step` until it gives something; panics by `what` at the deadline.
+pub async fn eventually<T>(what: &str, mut step: impl AsyncFnMut() -> Option<T>) -> T {
+    let polled = async {
+        loop {
+            if let Some(found) = step().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    within(DEADLINE, what, polled).await
 }

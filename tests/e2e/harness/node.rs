@@ -182,6 +182,10 @@ fn settings(ip: IpAddr, opts: &NodeOpts) -> String {
     };
     set("node", "name", "\"test\"".into());
     set("node", "domain", "\"edge.localhost\"".into());
+    set("node", "exempt_loopback", "true".into());
+    set("drain", "notice", "\"0s\"".into());
+    set("drain", "deadline", "\"5s\"".into());
+    set("drain", "spread", "\"0s\"".into());
     set("log", "level", "\"info,adit=debug\"".into());
     set("ingress", "http", listen(8080));
     set("ingress", "https", listen(8443));

@@ -151,7 +151,8 @@ async fn serve(kind: Kind, tcp: TcpStream, tls: Option<TlsAcceptor>, report: mps
 /// Does what the first line says:
 /// `DOWN n` sends n bytes and ends; `UP n` takes n bytes, says `exact n` and
 /// ends; `EOF` takes all there is, and answers only then; `CLOSE` ends its own
-/// side first and reports what still arrives; `ECHO` sends back.
+/// side first and reports what still arrives; `ECHO` sends back; `HOLD` takes
+/// nothing more and keeps the connection.
 async fn raw(io: Io, report: &mpsc::UnboundedSender<String>) -> std::io::Result<()> {
     let mut io = BufReader::new(io);
     let mut line = String::new();
@@ -174,6 +175,7 @@ async fn raw(io: Io, report: &mpsc::UnboundedSender<String>) -> std::io::Result<
             tokio::io::copy(&mut from, &mut to).await?;
             return to.shutdown().await;
         }
+        "HOLD" => std::future::pending().await,
         other => say(&mut io, format!("unknown command {other:?}\n")).await?,
     }
     io.shutdown().await?;

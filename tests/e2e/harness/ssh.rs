@@ -97,6 +97,13 @@ impl SshOpts {
         }
     }
 
+    /// Logs in with another key.
+    #[must_use]
+    pub fn key(mut self, key: &Key) -> Self {
+        self.key = Some(key.clone());
+        self
+    }
+
     /// Opens the console on a pty.
     #[must_use]
     pub fn pty(mut self) -> Self {

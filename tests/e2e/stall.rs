@@ -1,0 +1,66 @@
+//! One who stops reading: the others of the tunnel wait no longer than the
+//! stated deadline, and the session lives.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::harness::*;
+
+/// `ssh.stall_deadline` of these nodes.
+const STALL: Duration = Duration::from_secs(3);
+
+async fn ask(addr: SocketAddr, command: &str) -> TcpStream {
+    let mut tcp = TcpStream::connect(addr).await.unwrap();
+    tcp.write_all(format!("{command}\n").as_bytes()).await.unwrap();
+    tcp
+}
+
+/// Visits the socket as another visitor does, and tells how long that took.
+async fn another(addr: SocketAddr) -> Duration {
+    let begun = Instant::now();
+    let mut tcp = ask(addr, "DOWN 100000").await;
+    let read = within(DEADLINE, "another visitor", Pattern::read(None, &mut tcp)).await;
+    assert_eq!(read, Ok(100_000));
+    begun.elapsed()
+}
+
+async fn others_wait_at_most(stalls: &str) {
+    let limit = format!("stall_deadline = \"{}s\"", STALL.as_secs());
+    let node = Node::with(NodeOpts::default().set("ssh", &limit)).await;
+    let origin = Origin::raw().await;
+    let mut ssh = Ssh::start(&node, &[&format!("tcp/raw:{}", origin.target())]).await;
+    let addr = SocketAddr::new(node.ip, node.port_of("raw").await);
+    another(addr).await;
+
+    let mut stalled = ask(addr, stalls).await;
+    if stalls == "HOLD" {
+        // As much as anybody takes; then nobody does.
+        let mut pattern = Pattern::default();
+        while let Ok(Ok(())) =
+            tokio::time::timeout(Duration::from_millis(500), stalled.write_all(pattern.next(64 << 10))).await
+        {}
+    } else {
+        stalled.read_exact(&mut [0; 1000]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let mut longest = Duration::ZERO;
+    for _ in 0..10 {
+        longest = longest.max(another(addr).await);
+    }
+    eprintln!("{stalls}: others waited {longest:?} at most (deadline {STALL:?})");
+    assert!(longest < STALL + Duration::from_secs(2), "others waited {longest:?}");
+    assert!(ssh.program.runs(), "the session ended");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_visitor_that_stops_reading_holds_others_up_no_longer_than_the_deadline() {
+    others_wait_at_most("DOWN 100000000").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_stops_reading_holds_others_up_no_longer_than_the_deadline() {
+    others_wait_at_most("HOLD").await;
+}
