@@ -11,8 +11,12 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::dial::DialSettings;
 use crate::drain::DrainSettings;
-use crate::fields::{Fields, Mistake, PortRange};
+use crate::fields::{Fields, Mistake};
+use crate::ingress::IngressSettings;
+use crate::ingress::hello::HelloSettings;
+use crate::ingress::listener::TcpSettings;
 use crate::model::HostName;
+use crate::relay::RelaySettings;
 use crate::{text_field, tls, tunnel};
 
 /// The node's settings, immutable after start.
@@ -24,6 +28,12 @@ pub struct Config {
     pub log: LogSettings,
     /// `[ingress]`: where visitors arrive.
     pub ingress: IngressSettings,
+    /// `[hello]`: what may come before a connection says what it speaks.
+    pub hello: HelloSettings,
+    /// `[tcp]`: every accepted and dialled TCP connection.
+    pub tcp: TcpSettings,
+    /// `[relay]`: raw bytes both ways.
+    pub relay: RelaySettings,
     /// `[tls]`: certificates and handshakes.
     pub tls: tls::Settings,
     /// `[ssh]`: where tunnel clients arrive.
@@ -44,6 +54,9 @@ impl Config {
             node: section(f, "node", NodeSettings::read),
             log: section(f, "log", LogSettings::read),
             ingress: section(f, "ingress", IngressSettings::read),
+            hello: section(f, "hello", HelloSettings::read),
+            tcp: section(f, "tcp", TcpSettings::read),
+            relay: section(f, "relay", RelaySettings::read),
             tls: section(f, "tls", tls::Settings::read),
             ssh: section(f, "ssh", tunnel::SshSettings::read),
             dial: section(f, "dial", DialSettings::read),
@@ -261,30 +274,6 @@ impl FromStr for LogFormat {
     }
 }
 text_field!(LogFormat, "\"text\" or \"json\"");
-
-/// `[ingress]`: where visitors arrive.
-#[derive(Debug, Clone, PartialEq)]
-pub struct IngressSettings {
-    /// Where plain HTTP is served.
-    pub http: Vec<SocketAddr>,
-    /// Where HTTPS and passed-through TLS are served.
-    pub https: Vec<SocketAddr>,
-    /// Addresses on which the sockets' own ports open.
-    pub raw: Vec<IpAddr>,
-    /// Ports for sockets that ask for none.
-    pub ports: PortRange,
-}
-
-impl IngressSettings {
-    fn read(f: &mut Fields) -> Self {
-        Self {
-            http: f.take("http", any(80)),
-            https: f.take("https", any(443)),
-            raw: f.take("raw", vec![IpAddr::from([0; 16])]),
-            ports: f.take("ports", PortRange { first: 20000, last: 20999 }),
-        }
-    }
-}
 
 /// `[control]`: where the operator arrives.
 #[derive(Debug, Clone, PartialEq)]

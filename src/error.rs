@@ -3,6 +3,7 @@
 //! convert at their module's door.
 
 use std::fmt;
+use std::io;
 
 use tracing::Level;
 
@@ -115,6 +116,18 @@ impl Fault {
             Fault::Tunnel => "tunnel",
             Fault::Node => "node",
         }
+    }
+}
+
+impl Error {
+    /// This reason as an I/O error, for streams that know why they broke.
+    pub fn into_io(self, kind: io::ErrorKind) -> io::Error {
+        io::Error::new(kind, self)
+    }
+
+    /// The reason that a stream gave for breaking, if it knew one.
+    pub fn of_io(error: &io::Error) -> Option<Self> {
+        error.get_ref()?.downcast_ref().copied()
     }
 }
 

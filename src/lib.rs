@@ -1,21 +1,115 @@
-//! # adit
+//! # adit: the map
 //!
-//! THE MAP (grows with the code).
+//! One node of an edge: services behind NAT come in by `ssh -R`, visitors by
+//! HTTP, TLS or a port, and each visitor is taken to the nearest live tunnel.
+//!
+//! ```text
+//! visitor ─► ingress ─► hello ─► routes ─► dial ─► tunnel (SSH channel) ─► origin
+//!           (socket2)  (SNI/     (table)    │
+//!                      HTTP/raw)            └ http, or relay: splice between TCP, copy elsewhere
+//! feed (embedded store) ─► follower ─► route table and certificates (their only writer)
+//! SSH sessions ─► tunnel: live tunnels, the latest login first
+//! operator ─► control API ─► records ─► feed
+//! ```
+//!
+//! **Begin at** `ingress/visit.rs`: the path of a visitor, top to bottom. Then
+//! `tunnel/mod.rs` (what stands behind an SSH login) and `node.rs` (how the
+//! parts are put together, and how they end).
+//!
+//! ## Words
+//! *socket*: a published service (an OS socket is always `TcpStream` or
+//! `Listener`); *tunnel*: one registered path to an origin; *session*: one live
+//! SSH connection, of which the latest login of a tunnel serves and older ones
+//! stand by; *visitor*: who connects from outside; *origin*: the service at the
+//! far end of `ssh -R`; *feed*: where records come from.
+//!
+//! ## Tasks and who owns them
+//! | task | started by | ends |
+//! |---|---|---|
+//! | accept loop, one a listener | `node`, `ingress::ports` | closing, or the port is withdrawn |
+//! | visit, one a visitor (HTTP adds one a stream) | accept loops | with the visitor; cut at the drain's deadline |
+//! | owner, one an SSH connection; its library task, pumps and consoles | accept loops, `tunnel` | with the connection |
+//! | follower | `node` | stop |
+//! | store's writer (a thread) | `feed::store` | `Store::close` |
+//! | control connections | `control` | stop |
+
+pub mod drain; // the stages of the shutdown
+pub mod error; // why a visit failed
+pub mod fields; // reads settings and records, every mistake at once
+pub mod limits; // counts that end
+pub mod metrics;
+pub mod model; // base: plain values
+pub mod secret_file; // files that hold secrets
+pub mod stream; // a visitor's or origin's bytes
+pub mod tls;
+pub mod visit_log; // the record of a visit // certificates by name, handshakes
+
+pub mod dial; // the way to an origin
+pub mod http; // requests
+pub mod ingress; // a visitor comes in: begin here
+pub mod relay; // bytes both ways
+pub mod routes; // which socket, which tunnels
+pub mod tunnel; // the door to SSH
+
+pub mod feed; // where records come from
 
 pub mod config;
-pub mod dial;
-pub mod drain;
-pub mod error;
-pub mod feed;
-pub mod fields;
-pub mod limits;
-pub mod metrics;
-pub mod model;
-pub mod node;
-pub mod relay;
-pub mod routes;
-pub mod secret_file;
-pub mod stream;
-pub mod tls;
-pub mod tunnel;
-pub mod visit_log;
+pub mod node; // composition root
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    /// Who may import whom; `base` may import only `base`.
+    const MAY_IMPORT: &[(&str, &[&str])] = &[
+        ("routes", &[]),
+        ("feed", &["routes"]), // the follower writes the table
+        ("relay", &[]),
+        ("tunnel", &["routes", "feed"]),
+        ("dial", &["routes", "tunnel"]),
+        ("http", &["routes", "dial", "relay"]),
+        ("ingress", &["routes", "dial", "http", "relay", "tunnel"]),
+        ("control", &["feed", "routes", "tunnel"]),
+    ];
+    const BASE: &[&str] =
+        &["model", "fields", "error", "stream", "limits", "secret_file", "visit_log", "metrics", "drain", "tls"];
+
+    fn imports(path: &Path, found: &mut BTreeSet<String>) {
+        if path.is_dir() {
+            for entry in std::fs::read_dir(path).unwrap() {
+                imports(&entry.unwrap().path(), found);
+            }
+            return;
+        }
+        for line in std::fs::read_to_string(path).unwrap().lines() {
+            if let Some(rest) = line.trim_start().trim_start_matches("pub ").strip_prefix("use crate::") {
+                let names = rest.strip_prefix('{').map_or(vec![rest], |list| list.split(',').collect());
+                let first = |n: &str| n.trim().split([':', ';', '}', ' ']).next().unwrap_or_default().to_owned();
+                found.extend(names.into_iter().map(first).filter(|n| !n.is_empty()));
+            }
+        }
+    }
+
+    #[test]
+    fn modules_import_only_what_stands_below_them() {
+        let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let of = |module: &str| {
+            let mut found = BTreeSet::new();
+            let file = src.join(format!("{module}.rs"));
+            imports(&if file.exists() { file } else { src.join(module) }, &mut found);
+            found
+        };
+        let mut wrong = Vec::new();
+        let rules = MAY_IMPORT.iter().copied().chain(BASE.iter().map(|module| (*module, &[][..])));
+        for (module, allowed) in rules {
+            for import in of(module) {
+                let known = BASE.contains(&import.as_str()) || allowed.contains(&import.as_str()) || import == module;
+                if !known && import != "text_field" {
+                    wrong.push(format!("{module} imports {import}"));
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+}

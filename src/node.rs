@@ -1,11 +1,35 @@
 //! Composition root: builds every part, hands each its handles, runs, drains.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
+use crate::dial::Dialer;
+use crate::drain::{DrainSettings, Stages};
+use crate::feed::records::Records;
+use crate::http::Http;
+use crate::ingress::{self, Door, Ingress, Ports, listener};
+use crate::metrics::Exporter;
+use crate::routes::Routes;
+use crate::secret_file;
+use crate::tls::Certificates;
+use crate::tls::dev::DevTls;
+use crate::tunnel::{self, Mode, Tunnels, Urls};
+
+/// The store is read and the route table filled within this.
+const START_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Why the node ended other than by being told to.
 #[derive(Debug)]
@@ -72,6 +96,340 @@ impl std::error::Error for Failure {}
 /// # Errors
 /// Why it could not start, or what broke it.
 pub async fn run(config: Config) -> Result<(), Failure> {
-    let _ = config;
-    Err(Failure::Start("this build has no node yet".into()))
+    let mut signals = Signals::install().map_err(|e| Failure::Start(format!("signals cannot be handled: {e}")))?;
+    let state = StateDir::open(&config.node.state)?;
+    let exporter = Exporter::install().map_err(Failure::Start)?;
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    tasks.spawn(until(stop.clone(), exporter.clone().upkeep()));
+
+    // What is published, and the certificates to show.
+    let certificates = Arc::new(Certificates::new(&config.tls).map_err(Failure::Start)?);
+    let made = made_up_tls(&config, &state, &certificates)?;
+    certificates.reload(&config.tls).map_err(Failure::Start)?;
+    let routes = Arc::new(Routes::default());
+    let (rev, applied) = tokio::sync::watch::channel(0);
+    let records = Arc::new(Records { routes: Arc::clone(&routes), rev });
+
+    // A taken port ends the start before anything is served.
+    let listeners = Listeners::bind(&config)?;
+    let bound = listeners.bound();
+
+    // Owners and their tunnels.
+    let (stages, owner_tasks) = (Stages::default(), TaskTracker::new());
+    let urls = urls(&config, &bound);
+    let host_key = config.ssh.host_key.clone().unwrap_or_else(|| state.file("ssh_host_ed25519_key"));
+    let host_key = tunnel::host_key(&host_key).map_err(Failure::Start)?;
+    let parts = tunnel::Parts {
+        routes: Arc::clone(&routes),
+        records: Arc::clone(&records),
+        applied: applied.clone(),
+        urls: urls.clone(),
+        name_key: state.name_key()?,
+        tasks: owner_tasks.clone(),
+        exempt_loopback: config.node.exempt_loopback,
+    };
+    let tunnels = Tunnels::new(config.ssh.clone(), parts);
+    let owners = Arc::new(tunnel::Server::new(Arc::clone(&tunnels), &host_key));
+
+    // Visitors and their path.
+    let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));
+    let http = Arc::new(Http::new(Arc::clone(&routes), Arc::clone(&dialer)).map_err(Failure::Start)?);
+    let parts = ingress::Parts {
+        routes: Arc::clone(&routes),
+        tls: Arc::clone(&certificates),
+        dialer,
+        http,
+        owners,
+        owner_tasks: owner_tasks.clone(),
+        stages: stages.clone(),
+        hello: config.hello.clone(),
+        relay: config.relay.clone(),
+        tcp: config.tcp.clone(),
+        exempt_loopback: config.node.exempt_loopback,
+    };
+    let ingress = Ingress::new(config.ingress.clone(), parts);
+    let ports = Arc::new(Ports::default());
+    let closed = stages.close.clone();
+    tasks.spawn(Arc::clone(&ports).follow(Arc::clone(&ingress), applied.clone(), tasks.clone(), closed.clone()));
+
+    // The operator.
+    let ready = Arc::new(AtomicBool::new(false));
+    let drain_asked = CancellationToken::new();
+    for (door, listener) in listeners.visitors {
+        tasks.spawn(Arc::clone(&ingress).open(door, listener, closed.clone()));
+    }
+    // Owners may log in until the end of the drain: their sessions are what visitors use.
+    let owners_closed = CancellationToken::new();
+    for listener in listeners.owners {
+        tasks.spawn(Arc::clone(&ingress).open_to_owners(listener, owners_closed.clone()));
+    }
+    state.write_listening(&bound)?;
+    ready.store(true, Ordering::Release);
+    greet(&config, &urls, &bound, made.as_ref());
+
+    loop {
+        tokio::select! {
+            told = signals.next() => match told {
+                Told::End => break,
+                Told::Reload => match certificates.reload(&config.tls) {
+                    Ok(()) => tracing::info!("certificates read again"),
+                    Err(error) => tracing::error!(%error, "certificates not read again; the former ones stay"),
+                },
+            },
+            () = drain_asked.cancelled() => break,
+        }
+    }
+    ready.store(false, Ordering::Release);
+    let hurry = CancellationToken::new();
+    let hurrying = async {
+        while signals.next().await != Told::End {}
+        tracing::info!("told again: hurrying");
+        hurry.cancel();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = drain(&config.drain, &stages, &tunnels, &owners_closed, &owner_tasks, &hurry) => {}
+        () = hurrying => {}
+    }
+    stop.cancel();
+    tasks.close();
+    let _ = tokio::time::timeout(Duration::from_secs(2), tasks.wait()).await;
+    state.forget_listening();
+    tracing::info!("ended");
+    Ok(())
+}
+
+/// The stepwise shutdown; readiness says no already.
+async fn drain(
+    settings: &DrainSettings,
+    stages: &Stages,
+    tunnels: &Tunnels,
+    owners_closed: &CancellationToken,
+    owner_tasks: &TaskTracker,
+    hurry: &CancellationToken,
+) {
+    tracing::info!(notice_ms = settings.notice.as_millis() as u64, visitors = stages.visitors.len(), "draining");
+    stages.wait(settings.notice, hurry).await;
+    let cut = stages.finish_visitors(settings.deadline, hurry).await;
+    if cut > 0 {
+        metrics::counter!("adit_visitors_cut_total").increment(cut as u64);
+        tracing::warn!(cut, "visitors were cut at the deadline");
+    }
+    owners_closed.cancel();
+    let sessions = tunnels.sessions();
+    let each = settings.spread.checked_div(u32::try_from(sessions.len()).unwrap_or(u32::MAX)).unwrap_or_default();
+    for session in sessions {
+        session.console.say("this node is shutting down; your client may connect again".to_owned());
+        session.disconnect("this node is shutting down").await;
+        stages.wait(each, hurry).await;
+    }
+    for session in tunnels.sessions() {
+        session.kill();
+    }
+    owner_tasks.close();
+    let _ = tokio::time::timeout(Duration::from_secs(2), owner_tasks.wait()).await;
+}
+
+/// Runs `work` until `stop`.
+async fn until(stop: CancellationToken, work: impl Future<Output = ()> + Send) {
+    tokio::select! {
+        () = work => {}
+        () = stop.cancelled() => {}
+    }
+}
+
+/// The made-up CA and certificate, where the settings ask for them.
+fn made_up_tls(config: &Config, state: &StateDir, certificates: &Certificates) -> Result<Option<DevTls>, Failure> {
+    let Some(domain) = config.node.domain.as_ref().filter(|_| config.tls.make_certificate) else { return Ok(None) };
+    let dir = state.file("tls");
+    let made = DevTls::load_or_make(&dir, domain).map_err(|error| Failure::State { path: dir, error })?;
+    certificates.put_default(&made.chain_pem, &made.key_pem).map_err(Failure::Start)?;
+    Ok(Some(made))
+}
+
+/// What the owners are told: the ports as listeners got them, unless set.
+fn urls(config: &Config, bound: &Bound) -> Urls {
+    let public = config.public();
+    let port =
+        |given: Option<u16>, bound: &[SocketAddr]| bound.first().map(|listener| given.unwrap_or(listener.port()));
+    Urls {
+        domain: config.node.domain.as_ref().map(ToString::to_string),
+        host: public.host,
+        http_port: port(config.node.public_http_port, &bound.http),
+        https_port: port(config.node.public_https_port, &bound.https),
+        ports: config.ingress.ports,
+    }
+}
+
+/// Prints what an owner copies.
+fn greet(config: &Config, urls: &Urls, bound: &Bound, made: Option<&DevTls>) {
+    let mut out = String::new();
+    let mut line = |text: String| {
+        out.push_str(&text);
+        out.push('\n');
+    };
+    line(format!("adit {} is ready.", env!("CARGO_PKG_VERSION")));
+    if let (Some(made), Some(domain)) = (made, &config.node.domain) {
+        line(format!("  certificate for  {domain}, *.{domain}"));
+        line(format!("  made-up CA       {}", made.ca_path.display()));
+    }
+    if let (Mode::Open, Some(domain), Some(ssh)) = (config.ssh.mode, &config.node.domain, bound.ssh.first()) {
+        let host = if ssh.ip().is_loopback() { "localhost".to_owned() } else { urls.host.clone() };
+        let port = config.node.public_ssh_port.unwrap_or(ssh.port());
+        line("Publish what listens on port 8000 of this machine:".to_owned());
+        line(format!("  ssh -p {port} -R web:80:localhost:8000 {host}"));
+        if let Some(https) = urls.https_port {
+            let at = if https == 443 { String::new() } else { format!(":{https}") };
+            let ca = made.map_or_else(String::new, |m| format!("--cacert {} ", m.ca_path.display()));
+            line("and open:".to_owned());
+            line(format!("  curl {ca}https://web.{domain}{at}/"));
+        }
+    }
+    let mut stdout = io::stdout().lock();
+    let _ = stdout.write_all(out.as_bytes());
+    let _ = stdout.flush();
+    tracing::info!(name = config.node.name(), "ready");
+}
+
+/// Where the node listens, by what for.
+#[derive(Debug, Clone, Default)]
+struct Bound {
+    http: Vec<SocketAddr>,
+    https: Vec<SocketAddr>,
+    ssh: Vec<SocketAddr>,
+    control: Vec<SocketAddr>,
+}
+
+impl Bound {
+    fn to_json(&self) -> Value {
+        let texts = |addrs: &[SocketAddr]| addrs.iter().map(ToString::to_string).collect::<Vec<_>>();
+        json!({
+            "http": texts(&self.http),
+            "https": texts(&self.https),
+            "ssh": texts(&self.ssh),
+            "control": texts(&self.control),
+        })
+    }
+}
+
+/// The fixed listeners, bound and not yet served.
+struct Listeners {
+    visitors: Vec<(Door, TcpListener)>,
+    owners: Vec<TcpListener>,
+    control: Vec<TcpListener>,
+}
+
+impl Listeners {
+    fn bind(config: &Config) -> Result<Self, Failure> {
+        let http = bind("ingress.http", &config.ingress.http, config)?;
+        let https = bind("ingress.https", &config.ingress.https, config)?;
+        let http = http.into_iter().map(|l| (Door::Http, l));
+        let https = https.into_iter().map(|l| (Door::Https, l));
+        Ok(Self {
+            visitors: http.chain(https).collect(),
+            owners: bind("ssh.listen", &config.ssh.listen, config)?,
+            control: bind("control.listen", &config.control.listen, config)?,
+        })
+    }
+
+    fn bound(&self) -> Bound {
+        let local = |l: &TcpListener| l.local_addr().ok();
+        let door = |wanted: Door| {
+            self.visitors.iter().filter(|(door, _)| *door == wanted).filter_map(|(_, l)| local(l)).collect()
+        };
+        Bound {
+            http: door(Door::Http),
+            https: door(Door::Https),
+            ssh: self.owners.iter().filter_map(local).collect(),
+            control: self.control.iter().filter_map(local).collect(),
+        }
+    }
+}
+
+fn bind(key: &'static str, addrs: &[SocketAddr], config: &Config) -> Result<Vec<TcpListener>, Failure> {
+    let mut listeners = Vec::new();
+    for addr in addrs {
+        match listener::bind(*addr, listener::only_v6(*addr, addrs), &config.tcp) {
+            Ok(listener) => listeners.push(listener),
+            Err(error) if listener::lacks_family(&error) && addrs.len() > 1 => {
+                tracing::warn!(%addr, key, %error, "this machine has no such address family; not listening there");
+            }
+            Err(error) => return Err(Failure::Listen { key, addr: *addr, error }),
+        }
+    }
+    Ok(listeners)
+}
+
+/// The folder for all that is kept between runs.
+struct StateDir(PathBuf);
+
+impl StateDir {
+    fn open(path: &Path) -> Result<Self, Failure> {
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+        made.map_err(|error| Failure::State { path: path.to_owned(), error })?;
+        let dir = Self(path.to_owned());
+        dir.forget_listening();
+        Ok(dir)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// The secret behind made-up names: the same names for the same keys after
+    /// a restart, and nobody can compute whose name is whose.
+    fn name_key(&self) -> Result<[u8; 32], Failure> {
+        let path = self.file("names.key");
+        if let Some(kept) = std::fs::read(&path).ok().and_then(|k| <[u8; 32]>::try_from(k).ok()) {
+            return Ok(kept);
+        }
+        let mut key = [0; 32];
+        aws_lc_rs::rand::fill(&mut key).map_err(|_| Failure::Start("no random bytes".to_owned()))?;
+        secret_file::write(&path, &key).map_err(|error| Failure::State { path, error })?;
+        Ok(key)
+    }
+
+    /// Tells programs on this machine where the node listens, once it does.
+    fn write_listening(&self, bound: &Bound) -> Result<(), Failure> {
+        let path = self.file("listening.json");
+        let text = bound.to_json().to_string();
+        secret_file::write(&path, text.as_bytes()).map_err(|error| Failure::State { path, error })
+    }
+
+    fn forget_listening(&self) {
+        let _ = std::fs::remove_file(self.file("listening.json"));
+    }
+}
+
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    /// Drain and end; again: hurry.
+    End,
+    /// Read certificates again.
+    Reload,
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn install() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.terminate.recv() => Told::End,
+            _ = self.interrupt.recv() => Told::End,
+            _ = self.hangup.recv() => Told::Reload,
+        }
+    }
 }

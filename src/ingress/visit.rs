@@ -20,29 +20,35 @@ use crate::visit_log::{self, Sink, Visit, What};
 impl Ingress {
     /// One visitor, from the first byte to the last.
     pub(super) async fn visit(self: Arc<Self>, door: Door, tcp: TcpStream, visitor: Visitor) {
-        let _admitted = match self.admit(door, &visitor) {
+        let admitted = match self.admit(&visitor) {
             Ok(admitted) => admitted,
-            Err(limit) => return self.turn_away(tcp, door, limit),
+            Err(limit) => return self.turned_away(door, &visitor, limit),
         };
         let failed = match door {
             Door::Raw => self.by_port(tcp, &visitor).await,
             Door::Http | Door::Https => self.by_first_bytes(door, tcp, visitor).await,
         };
         if let Err(error) = failed {
-            tracing::debug!(visitor = %visitor.addr, door = door.as_str(), %error, "turned away");
-            metrics::counter!("adit_visitors_refused_total", "limit" => error.label()).increment(1);
+            self.turned_away(door, &visitor, error);
         }
+        drop(admitted);
+    }
+
+    /// A visitor who found no socket, or no place; the connection is closed.
+    fn turned_away(&self, door: Door, visitor: &Visitor, error: Error) {
+        tracing::debug!(visitor = %visitor.addr, door = door.as_str(), %error, "turned away");
+        metrics::counter!("adit_visitors_refused_total", "error" => error.label()).increment(1);
     }
 
     /// A socket's own port: the origin may speak first, so never wait for bytes.
     async fn by_port(&self, tcp: TcpStream, visitor: &Visitor) -> Result<(), Error> {
-        let route = self.routes.by_port(visitor.local.port()).ok_or(Error::NoSocket)?;
+        let route = self.parts.routes.by_port(visitor.local.port()).ok_or(Error::NoSocket)?;
         let stream = Stream::tcp(tcp);
         match route.socket.kind {
             SocketType::Tls => {
-                let own = route.socket.hostnames.first();
-                let (tls, _) = self.tls.accept(stream, Purpose::Raw { own }).await?;
-                self.raw(&route, visitor, Stream::other(tls)).await;
+                let own = &route.socket.hostnames;
+                let tls = self.parts.tls.accept(stream, Purpose::Raw { own }).await?;
+                self.raw(&route, visitor, tls.stream).await;
             }
             _ => self.raw(&route, visitor, stream).await,
         }
@@ -51,24 +57,24 @@ impl Ingress {
 
     /// The shared ports: what do they speak?
     async fn by_first_bytes(self: &Arc<Self>, door: Door, mut tcp: TcpStream, visitor: Visitor) -> Result<(), Error> {
-        let (hello, head) = hello::peek(&mut tcp, &self.settings.hello).await?;
+        let (hello, head) = hello::peek(&mut tcp, &self.parts.hello).await?;
         match (door, hello) {
             (Door::Https, Hello::Tls(client)) => {
-                let sni = client.sni;
-                let passed = sni.as_ref().and_then(|name| self.routes.by_host(name.as_str()));
+                let passed = client.sni.name().and_then(|name| self.parts.routes.by_host(name.as_str()));
                 let stream = Stream::tcp(tcp).with_head(head);
                 if let Some(route) = passed.filter(|r| r.socket.kind == SocketType::Passthrough) {
                     self.raw(&route, &visitor, stream).await;
                     return Ok(());
                 }
-                let (tls, via) = self.tls.accept(stream, Purpose::Http { sni }).await?;
-                self.http.serve(Stream::other(tls), visitor, via, &self.stages).await;
+                let tls = self.parts.tls.accept(stream, Purpose::Http).await?;
+                let via = Via::Tls { sni: tls.sni, h2: tls.h2, certificate: tls.certificate };
+                self.parts.http.serve(tls.stream, visitor, via, &self.parts.stages).await;
             }
             (Door::Http, Hello::Http1) => {
-                self.http.serve(Stream::tcp(tcp).with_head(head), visitor, Via::Plain1, &self.stages).await;
+                self.parts.http.serve(Stream::tcp(tcp).with_head(head), visitor, Via::Plain1, &self.parts.stages).await;
             }
             (Door::Http, Hello::Http2) => {
-                self.http.serve(Stream::tcp(tcp).with_head(head), visitor, Via::Plain2, &self.stages).await;
+                self.parts.http.serve(Stream::tcp(tcp).with_head(head), visitor, Via::Plain2, &self.parts.stages).await;
             }
             (Door::Https, Hello::Ssh) => self.owner(tcp, head, visitor.addr),
             _ => return Err(Error::HelloUnknown),
@@ -93,12 +99,12 @@ impl Ingress {
             error: None,
         };
         let mut console: Option<Arc<dyn Sink>> = None;
-        match self.dialer.dial(route, visitor).await {
+        match self.parts.dialer.dial(route, visitor).await {
             Ok(dialed) => {
                 visit.tunnel = Some(dialed.tunnel);
                 console = dialed.console;
                 let before = start.elapsed();
-                let relayed = relay(stream, dialed.stream, &self.settings.relay, &self.stages.cut).await;
+                let relayed = relay(stream, dialed.stream, &self.parts.relay, &self.parts.stages.cut).await;
                 visit.bytes_up = relayed.up;
                 visit.bytes_down = relayed.down;
                 visit.first_byte = relayed.first_byte.map(|d| before + d);

@@ -23,21 +23,22 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use crate::error::Error;
 use crate::limits::Permit;
 use crate::stream::Duplex;
 
 /// What a visitor may hold back, and for how long.
 #[derive(Debug, Clone)]
-pub struct ChannelSettings {
+pub(super) struct ChannelSettings {
     /// Bytes from the origin that wait for one visitor at most.
-    pub channel_buffer: usize,
+    pub(super) channel_buffer: usize,
     /// Bytes from the origin that wait for all visitors of one session at most.
-    pub tunnel_buffer: usize,
+    pub(super) tunnel_buffer: usize,
     /// How long a visitor who does not read may hold up its session.
-    pub stall_deadline: Duration,
+    pub(super) stall_deadline: Duration,
     /// Bytes a visitor must take in each `stall_deadline` while it holds up its
     /// session, not to count as one who does not read.
-    pub stall_floor: usize,
+    pub(super) stall_floor: usize,
 }
 
 /// Bytes towards the origin that may wait in one channel; more makes the
@@ -49,7 +50,7 @@ const WRITE_BYTES: usize = 64 * 1024;
 
 /// What the channels of one session share.
 #[derive(Debug, Default)]
-pub struct Shared {
+pub(super) struct Shared {
     /// Bytes that wait for visitors now.
     queued: AtomicUsize,
     /// Channels whose visitor holds the session up now.
@@ -59,12 +60,12 @@ pub struct Shared {
 impl Shared {
     /// Whether some visitor holds the session up, so that a late answer of the
     /// peer says nothing about the peer.
-    pub fn is_held(&self) -> bool {
+    pub(super) fn is_held(&self) -> bool {
         self.held.load(Ordering::Acquire) > 0
     }
 
     /// Bytes that wait for visitors now.
-    pub fn queued(&self) -> usize {
+    pub(super) fn queued(&self) -> usize {
         self.queued.load(Ordering::Relaxed)
     }
 }
@@ -118,14 +119,14 @@ struct Pipe {
 }
 
 /// A visitor's channel as a byte stream.
-pub struct SshStream {
+pub(super) struct SshStream {
     pipe: Arc<Pipe>,
     _permits: Vec<Permit>,
 }
 
 impl SshStream {
     /// The stream of an open channel, and the pump to run for it.
-    pub fn new(
+    pub(super) fn new(
         channel: Channel<Msg>,
         shared: Arc<Shared>,
         settings: Arc<ChannelSettings>,
@@ -397,12 +398,8 @@ impl AsyncRead for SshStream {
         }
         match state.end {
             Some(End::Clean) => Poll::Ready(Ok(())),
-            Some(End::SessionLost) => {
-                Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionReset, "the tunnel's session was lost")))
-            }
-            Some(End::Stalled) => {
-                Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the visitor held its tunnel up")))
-            }
+            Some(End::SessionLost) => Poll::Ready(Err(Error::TunnelLost.into_io(io::ErrorKind::ConnectionReset))),
+            Some(End::Stalled) => Poll::Ready(Err(Error::VisitorStalled.into_io(io::ErrorKind::TimedOut))),
             None => {
                 state.reader = Some(cx.waker().clone());
                 Poll::Pending

@@ -25,8 +25,8 @@ const LEASE: Duration = Duration::from_secs(15);
 /// How owners are told where they are published.
 #[derive(Debug, Clone)]
 pub struct Urls {
-    /// Names made on demand live under this domain.
-    pub domain: String,
+    /// Names made on demand live under this domain; none: no names are made.
+    pub domain: Option<String>,
     /// The name of the allocated ports in URLs.
     pub host: String,
     /// The port of plain HTTP that visitors reach; none: not served.
@@ -131,7 +131,8 @@ impl Tunnels {
         let by_id = name.parse().ok().and_then(|id| self.routes.socket(&id));
         let exactly =
             |host: &str| self.routes.by_host(host).filter(|r| r.socket.hostnames.iter().any(|h| h.as_str() == host));
-        by_id.or_else(|| exactly(name)).or_else(|| exactly(&format!("{name}.{}", self.urls.domain)))
+        let under_domain = || exactly(&format!("{name}.{}", self.urls.domain.as_ref()?));
+        by_id.or_else(|| exactly(name)).or_else(under_domain)
     }
 
     async fn by_name(
@@ -208,7 +209,8 @@ impl Tunnels {
         kind: SocketType,
         port: Option<u16>,
     ) -> Result<Arc<Tunnel>, Refusal> {
-        let domain = &self.urls.domain;
+        let domain =
+            self.urls.domain.as_ref().ok_or("this node has no domain for names made on demand (node.domain)")?;
         let label = name.strip_suffix(domain.as_str()).and_then(|n| n.strip_suffix('.')).unwrap_or(name);
         if label.contains('.') {
             return Err(format!("{name} is not under {domain}: names made on demand are NAME or NAME.{domain}"));

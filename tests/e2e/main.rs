@@ -10,10 +10,10 @@ mod harness;
 
 mod cli;
 mod clients;
-mod harness_itself;
-mod owners;
 mod faults;
 mod harness_itself;
+mod operator;
+mod owners;
 mod stall;
 mod takeover;
 mod types;

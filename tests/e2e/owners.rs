@@ -28,38 +28,7 @@ async fn page(node: &Node, name: &str) -> (u16, String) {
     curl(node, &[&format!("https://{name}.edge.localhost:8443/")]).await
 }
 
-#[tokio::test]
-async fn the_console_greets_with_the_urls_and_shows_each_request() {
-    let node = Node::start().await;
-    let origin = Origin::http().await;
-    let ssh = Ssh::with(&node, SshOpts::new(&[&format!("web:80:{}", origin.target())]).pty()).await;
-    ssh.program.wait_for("https://web.edge.localhost:8443/", 1, DEADLINE).await;
-    let (status, _) = curl(&node, &["https://web.edge.localhost:8443/headers?a=b"]).await;
-    assert_eq!(status, 200);
-    ssh.program.wait_for("GET web.edge.localhost/headers?a=b 200", 1, DEADLINE).await;
-    ssh.program.wait_for(" first ", 1, DEADLINE).await;
-}
-
-#[tokio::test]
-async fn the_latest_login_serves_and_the_older_one_takes_over_when_it_dies() {
-    let node = Node::start().await;
-    let (old, new) = (Origin::http().await, Origin::http().await);
-    let older = Ssh::with(&node, SshOpts::new(&[&format!("web:80:{}", old.target())]).pty()).await;
-    assert_eq!(page(&node, "web").await.0, 200);
-    assert_eq!(old.accepted.load(std::sync::atomic::Ordering::Relaxed), 1);
-    let mut newer = Ssh::with(&node, SshOpts::new(&[&format!("web:80:{}", new.target())]).pty()).await;
-    older.program.wait_for("this session stands by", 1, DEADLINE).await;
-    newer.program.wait_for("took over", 1, DEADLINE).await;
-    assert_eq!(page(&node, "web").await.0, 200);
-    assert_eq!(new.accepted.load(std::sync::atomic::Ordering::Relaxed), 1);
-    newer.program.kill9();
-    // The very next visitor is served.
-    assert_eq!(page(&node, "web").await.0, 200);
-    assert_eq!(old.accepted.load(std::sync::atomic::Ordering::Relaxed), 2);
-    older.program.wait_for("this session serves again", 1, DEADLINE).await;
-}
-
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_newest_client_is_passed_over_within_the_visit_and_then_ended() {
     let node = Node::start().await;
     let origin = Origin::http().await;
@@ -76,7 +45,7 @@ async fn a_frozen_newest_client_is_passed_over_within_the_visit_and_then_ended()
     newer.program.signal("CONT");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_name_stays_with_the_key_that_took_it_first() {
     let node = Node::start().await;
     let origin = Origin::http().await;
@@ -95,7 +64,7 @@ async fn a_name_stays_with_the_key_that_took_it_first() {
     assert_eq!(page(&node, "web").await.0, 200);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_made_up_name_is_the_same_for_the_same_key() {
     let node = Node::start().await;
     let origin = Origin::http().await;
@@ -113,7 +82,7 @@ async fn a_made_up_name_is_the_same_for_the_same_key() {
     assert_eq!(urls[0], urls[1]);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn port_zero_gives_a_public_port_that_stays() {
     let mut node = Node::start().await;
     let origin = Origin::greeting().await;
@@ -134,7 +103,7 @@ async fn port_zero_gives_a_public_port_that_stays() {
     assert_eq!(ssh.allocated_port().await, ports[1]);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_without_any_key_gets_a_name_for_its_session() {
     let node = Node::start().await;
     let origin = Origin::http().await;
@@ -153,7 +122,7 @@ async fn a_client_without_any_key_gets_a_name_for_its_session() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_closed_node_serves_recorded_tunnels_by_relay_port_and_key_alone() {
     let node = Node::with(NodeOpts::default().set("ssh", "mode = \"closed\"")).await;
     let origin = Origin::http().await;
@@ -176,7 +145,7 @@ async fn a_closed_node_serves_recorded_tunnels_by_relay_port_and_key_alone() {
     assert_eq!(page(&node, "s1").await.0, 200);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn user_certificates_of_trusted_cas_serve_and_every_other_is_refused() {
     let node = Node::with(NodeOpts::default().set("ssh", "mode = \"closed\"")).await;
     let origin = Origin::http().await;
@@ -212,7 +181,7 @@ async fn user_certificates_of_trusted_cas_serve_and_every_other_is_refused() {
     assert_eq!(page(&node, "s1").await.0, 200);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_removed_key_loses_its_tunnel_for_the_next_visitor() {
     let node = Node::with(NodeOpts::default().set("ssh", "mode = \"closed\"")).await;
     let origin = Origin::http().await;
@@ -224,28 +193,7 @@ async fn a_removed_key_loses_its_tunnel_for_the_next_visitor() {
     assert_eq!(page(&node, "s1").await.0, 503);
 }
 
-#[tokio::test]
-async fn several_tunnels_share_their_sockets_visitors_and_a_dead_origin_is_passed_over() {
-    let node = Node::start().await;
-    let (one, two) = (Origin::http().await, Origin::http().await);
-    let refusing = Origin::refusing().await;
-    node.put("sockets/web", json!({"type": "http", "hostnames": ["web.edge.localhost"]})).await;
-    let mut clients = Vec::new();
-    for (user, target) in [("u1", one.target()), ("u2", two.target()), ("u3", refusing.to_string())] {
-        node.put(&format!("tunnels/{user}"), json!({"socket": "web", "user": user, "keys": [node.key.line()]})).await;
-        let mut opts = SshOpts::new(&[&format!("web:80:{target}")]);
-        opts.user = user.to_owned();
-        clients.push(Ssh::with(&node, opts).await);
-    }
-    for _ in 0..30 {
-        assert_eq!(page(&node, "web").await.0, 200);
-    }
-    let count = |o: &Origin| o.accepted.load(std::sync::atomic::Ordering::Relaxed);
-    assert_eq!(count(&one) + count(&two), 30);
-    assert!(count(&one) >= 10 && count(&two) >= 10, "{} and {}", count(&one), count(&two));
-}
-
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn ssh_on_the_https_port_is_told_apart_by_its_banner() {
     let node = Node::start().await;
     let origin = Origin::http().await;
@@ -255,7 +203,7 @@ async fn ssh_on_the_https_port_is_told_apart_by_its_banner() {
     assert_eq!(page(&node, "web").await.0, 200);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_forward_can_be_cancelled_and_added_again() {
     let node = Node::start().await;
     let origin = Origin::raw().await;
