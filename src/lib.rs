@@ -6,6 +6,8 @@ pub mod dial;
 pub mod error;
 pub mod feed;
 pub mod fields;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod ingress;
 pub mod metrics;
 pub mod model;
