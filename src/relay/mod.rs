@@ -1,1 +1,417 @@
+//! Moves bytes both ways between a visitor and an origin until both have said
+//! all. An end of one crosses to the other as what it was: a clean end of one
+//! direction as such, a broken connection as a reset. Choosing and opening the
+//! two streams is elsewhere.
 
+mod copy;
+mod splice;
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::AsyncWrite;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::Error;
+use crate::fields::{Bytes, Fields};
+use crate::stream::{Duplex, Stream};
+use copy::Copier;
+use splice::Splicer;
+
+/// How relays behave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelaySettings {
+    /// How long nothing may move either way before a relay is ended; ends it at
+    /// the latest a quarter later. 1 h: quiet sessions of people (SSH, database
+    /// consoles, WebSockets without pings) live through a lunch break, and dead
+    /// far ends are found by TCP keepalive long before.
+    pub idle: Duration,
+    /// The most that one read through user space takes, and what a direction
+    /// whose writer is slow may keep. 32 KiB: an SSH channel's largest packet;
+    /// a TLS record has 16 KiB.
+    pub copy_size: usize,
+    /// Whether bulk between two bare TCP connections stays in the kernel. On:
+    /// a third of the CPU per byte (`benches/relay.rs`).
+    pub splice: bool,
+    /// The size of a pipe for it. 256 KiB: above, little is won.
+    pub pipe_size: usize,
+    /// The most that all pipes of this process may have together; beyond it
+    /// relays copy. 48 MiB: an unprivileged user may have 64 MiB before the
+    /// kernel cuts pipes down (`fs.pipe-user-pages-soft`, 16384 pages).
+    pub pipe_budget: usize,
+}
+
+impl Default for RelaySettings {
+    fn default() -> Self {
+        Self {
+            idle: Duration::from_secs(3600),
+            copy_size: 32 << 10,
+            splice: true,
+            pipe_size: 256 << 10,
+            pipe_budget: 48 << 20,
+        }
+    }
+}
+
+impl RelaySettings {
+    /// Reads the settings' table.
+    pub fn read(f: &mut Fields) -> Self {
+        let d = Self::default();
+        let settings = Self {
+            idle: f.take("idle", d.idle),
+            copy_size: f.take("copy_size", Bytes(d.copy_size)).0,
+            splice: f.take("splice", d.splice),
+            pipe_size: f.take("pipe_size", Bytes(d.pipe_size)).0,
+            pipe_budget: f.take("pipe_budget", Bytes(d.pipe_budget)).0,
+        };
+        if settings.idle.is_zero() {
+            f.mistake("idle", "would end every relay".into(), "write a duration like \"1h\"".into());
+        }
+        if !(BULK_READ..=1 << 20).contains(&settings.copy_size) {
+            f.mistake("copy_size", "is out of range".into(), "write a size from \"16KiB\" to \"1MiB\"".into());
+        }
+        // Above 1 MiB an unprivileged process is refused (`fs.pipe-max-size`).
+        if !settings.pipe_size.is_power_of_two() || !(64 << 10..=1 << 20).contains(&settings.pipe_size) {
+            let fix = "write \"64KiB\", \"128KiB\", \"256KiB\", \"512KiB\" or \"1MiB\"";
+            f.mistake("pipe_size", "is not a size that pipes have".into(), fix.into());
+        }
+        settings
+    }
+}
+
+/// What a relay did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Relayed {
+    /// Bytes from the visitor that the origin's side took.
+    pub up: u64,
+    /// Bytes from the origin that the visitor's side took.
+    pub down: u64,
+    /// How many of both the kernel moved by splice.
+    pub spliced: u64,
+    /// From the start of the relay to the origin's first byte.
+    pub first_byte: Option<Duration>,
+    /// How it ended.
+    pub end: End,
+}
+
+/// How a relay ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Both sides said all, and all of it was passed on.
+    Clean,
+    /// The visitor's connection broke.
+    VisitorGone,
+    /// The origin's connection, or what carries it, broke.
+    OriginLost,
+    /// Nothing moved for the idle limit.
+    Idle,
+    /// The caller had it cut.
+    Cut,
+}
+
+impl End {
+    /// Why the visit failed, if it did.
+    pub fn error(self) -> Option<Error> {
+        match self {
+            End::Clean => None,
+            End::VisitorGone => Some(Error::VisitorGone),
+            End::OriginLost => Some(Error::OriginReset),
+            End::Idle => Some(Error::Idle),
+            End::Cut => Some(Error::Draining),
+        }
+    }
+}
+
+/// Relays until both directions have ended, one side breaks, nothing moves for
+/// the idle limit, or `cut` is cancelled. Only the first of these is a clean
+/// end; after the others both sides see a reset.
+///
+/// # Cancel safety
+/// Dropping it is an end like `Cut`: both sides see a reset.
+pub async fn relay(visitor: Stream, origin: Stream, settings: &RelaySettings, cut: &CancellationToken) -> Relayed {
+    let started = Instant::now();
+    let mut ends = Ends { visitor, origin, clean: false };
+    let (mut up, mut down) = (Way::default(), Way::default());
+    // A child, because polling a token locks it: relays must not meet at one lock.
+    let cut = cut.child_token();
+    let mut cut = std::pin::pin!(cut.cancelled());
+    let mut watch = Watch::new(started, settings.idle);
+    let mut timer = std::pin::pin!(tokio::time::sleep_until(watch.next(false)));
+    let mut half_closed = false;
+
+    let end = poll_fn(|cx| {
+        if cut.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(End::Cut);
+        }
+        if let Poll::Ready(end) = poll_ways(cx, &mut ends, &mut up, &mut down, settings) {
+            return Poll::Ready(end);
+        }
+        if (up.is_done() || down.is_done()) && !half_closed {
+            half_closed = true;
+            timer.as_mut().reset(watch.next(true));
+        }
+        while timer.as_mut().poll(cx).is_ready() {
+            if half_closed && let Some(end) = ends.broken_behind(&up, &down) {
+                return Poll::Ready(end);
+            }
+            if watch.is_idle(up.tally.moved + down.tally.moved, Instant::now()) {
+                return Poll::Ready(End::Idle);
+            }
+            timer.as_mut().reset(watch.next(half_closed));
+        }
+        Poll::Pending
+    })
+    .await;
+
+    ends.clean = end == End::Clean;
+    Relayed {
+        up: up.tally.moved,
+        down: down.tally.moved,
+        spliced: up.tally.spliced + down.tally.spliced,
+        first_byte: down.tally.first.map(|at| at.duration_since(started)),
+        end,
+    }
+}
+
+fn poll_ways(
+    cx: &mut Context<'_>,
+    ends: &mut Ends,
+    up: &mut Way,
+    down: &mut Way,
+    settings: &RelaySettings,
+) -> Poll<End> {
+    let Ends { visitor, origin, .. } = ends;
+    match up.poll(cx, visitor, origin, settings) {
+        Poll::Ready(Err(Broken::Read)) => return Poll::Ready(End::VisitorGone),
+        // An origin that answers early and closes (413, say) breaks the upload;
+        // what it answered may still be there to be read.
+        Poll::Ready(Err(Broken::Write)) => up.state = State::Refused,
+        _ => {}
+    }
+    match down.poll(cx, origin, visitor, settings) {
+        Poll::Ready(Err(Broken::Read)) => return Poll::Ready(End::OriginLost),
+        Poll::Ready(Err(Broken::Write)) => return Poll::Ready(End::VisitorGone),
+        _ => {}
+    }
+    match (&up.state, &down.state) {
+        (State::Done, State::Done) => Poll::Ready(End::Clean),
+        (State::Refused, _) if down.is_done() || down.has_nothing_to_write() => Poll::Ready(End::OriginLost),
+        _ => Poll::Pending,
+    }
+}
+
+/// Both streams. Dropped before the clean end, they are reset.
+struct Ends {
+    visitor: Stream,
+    origin: Stream,
+    clean: bool,
+}
+
+impl Ends {
+    /// Whether a side that has ended its own direction has broken since: it is
+    /// not read any more, so only the socket's error tells.
+    fn broken_behind(&self, up: &Way, down: &Way) -> Option<End> {
+        let broken = |way: &Way, from: &Stream| {
+            way.is_done() && from.as_tcp().is_some_and(|tcp| !matches!(tcp.take_error(), Ok(None)))
+        };
+        match (broken(up, &self.visitor), broken(down, &self.origin)) {
+            (true, _) => Some(End::VisitorGone),
+            (_, true) => Some(End::OriginLost),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        if !self.clean {
+            Duplex::reset(&mut self.visitor);
+            Duplex::reset(&mut self.origin);
+        }
+    }
+}
+
+/// Looks at intervals whether anything moved: cheaper than a timer that is set
+/// anew by every read.
+struct Watch {
+    limit: Duration,
+    moved: u64,
+    moved_at: Instant,
+}
+
+impl Watch {
+    fn new(now: Instant, limit: Duration) -> Self {
+        Self { limit, moved: 0, moved_at: now }
+    }
+
+    fn next(&self, half_closed: bool) -> Instant {
+        let quarter = self.limit / 4;
+        // Half-closed relays are few, and a second is prompt enough to notice
+        // that the silent side is gone.
+        let pause = if half_closed { quarter.min(Duration::from_secs(1)) } else { quarter };
+        Instant::now() + pause.max(Duration::from_millis(1))
+    }
+
+    fn is_idle(&mut self, moved: u64, now: Instant) -> bool {
+        if moved != self.moved {
+            (self.moved, self.moved_at) = (moved, now);
+        }
+        now.duration_since(self.moved_at) >= self.limit
+    }
+}
+
+/// Which side of a direction broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Broken {
+    Read,
+    Write,
+}
+
+/// What one round of a direction did.
+enum Step {
+    /// So many bytes were read, and written or kept.
+    Read(usize),
+    /// The reader has said all.
+    End,
+    /// This cannot be spliced now.
+    Unable,
+}
+
+/// What a direction has moved.
+#[derive(Debug, Default)]
+struct Tally {
+    moved: u64,
+    spliced: u64,
+    first: Option<Instant>,
+}
+
+impl Tally {
+    fn read(&mut self) {
+        if self.first.is_none() {
+            self.first = Some(Instant::now());
+        }
+    }
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Open,
+    /// All is written; the writer is being told that this is the end.
+    Closing,
+    Done,
+    /// The writer takes nothing more.
+    Refused,
+}
+
+/// One direction.
+#[derive(Debug, Default)]
+struct Way {
+    state: State,
+    copier: Copier,
+    splicer: Splicer,
+    splicing: bool,
+    /// Reads in a row that speak for the other mode.
+    turns: u32,
+    /// Large reads to let pass before splice is tried again.
+    patience: u32,
+    tally: Tally,
+}
+
+/// A read of this much is bulk (measured: splice pays from 16 KiB a read on,
+/// and costs below 4 KiB).
+const BULK_READ: usize = 16 << 10;
+/// Bulk reads in a row after which a direction splices.
+const BULK_READS: u32 = 2;
+/// Small splices in a row after which it copies again.
+const SMALL_SPLICES: u32 = 8;
+/// Bulk reads to copy where no pipe was to be had, before asking again.
+const PATIENCE: u32 = 64;
+/// Bytes after which a direction lets other tasks run.
+const SHARE: usize = 1 << 20;
+
+impl Way {
+    fn is_done(&self) -> bool {
+        self.state == State::Done
+    }
+
+    fn has_nothing_to_write(&self) -> bool {
+        self.copier.is_empty() && self.splicer.is_empty()
+    }
+
+    /// Moves what can be moved now. Ready once the direction has ended.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut Stream,
+        to: &mut Stream,
+        settings: &RelaySettings,
+    ) -> Poll<Result<(), Broken>> {
+        let mut share = SHARE;
+        loop {
+            match self.state {
+                State::Open => {}
+                State::Closing => {
+                    ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(|_| Broken::Write)?;
+                    self.state = State::Done;
+                }
+                State::Done | State::Refused => return Poll::Ready(Ok(())),
+            }
+            if self.state != State::Open {
+                continue;
+            }
+            if share == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let spliced = match (from.as_tcp(), to.as_tcp()) {
+                (Some(from), Some(to)) if self.splicing => {
+                    Some(ready!(self.splicer.poll(cx, from, to, settings, &mut self.tally))?)
+                }
+                _ => None,
+            };
+            let step = match spliced {
+                Some(step) => step,
+                None => ready!(self.copier.poll(cx, from, to, settings.copy_size, &mut self.tally))?,
+            };
+            match step {
+                Step::Read(read) => {
+                    share = share.saturating_sub(read);
+                    self.choose(read, from, to, settings);
+                }
+                Step::End => self.state = State::Closing,
+                Step::Unable => {
+                    self.splicing = false;
+                    self.patience = PATIENCE;
+                }
+            }
+        }
+    }
+
+    /// Copy or splice from here on? Starts with copy, which is cheaper for
+    /// small messages and needs no descriptors.
+    fn choose(&mut self, read: usize, from: &Stream, to: &Stream, settings: &RelaySettings) {
+        let bulk = read >= BULK_READ;
+        self.turns = if bulk == self.splicing { 0 } else { self.turns + 1 };
+        if self.splicing {
+            if self.turns >= SMALL_SPLICES && self.splicer.is_empty() {
+                self.splicer.release();
+                (self.splicing, self.turns) = (false, 0);
+            }
+            return;
+        }
+        self.patience = self.patience.saturating_sub(u32::from(bulk));
+        let able = settings.splice && self.patience == 0 && from.as_tcp().is_some() && to.as_tcp().is_some();
+        if self.turns >= BULK_READS && able && self.copier.is_empty() {
+            self.turns = 0;
+            self.splicing = self.splicer.prepare(settings);
+            self.patience = if self.splicing { 0 } else { PATIENCE };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
