@@ -6,6 +6,7 @@ pub mod dial;
 pub mod error;
 pub mod feed;
 pub mod fields;
+pub mod http;
 pub mod metrics;
 pub mod model;
 pub mod routes;
