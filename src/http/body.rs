@@ -1,0 +1,222 @@
+//! The two bodies of a request as hyper drives them: what the visitor uploads
+//! and what it is answered. Both pass every chunk on as it comes, count it and
+//! keep the request's account honest about its end.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::pulse::Pulse;
+use super::record::{Record, Tally};
+use crate::error::Error;
+
+/// A visitor's request body on its way to the origin.
+pub(super) struct Upload {
+    incoming: Incoming,
+    tally: Arc<Tally>,
+    pulse: Arc<Pulse>,
+    /// Ready when the body may be sent: hyper says `100 Continue` to the visitor
+    /// at the first poll of `incoming`.
+    gate: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+}
+
+impl Upload {
+    pub(super) fn new(incoming: Incoming, tally: Arc<Tally>, pulse: Arc<Pulse>) -> Self {
+        Self { incoming, tally, pulse, gate: None }
+    }
+
+    /// Keeps the body back until `go`, or until `wait` has passed: not every
+    /// origin says `100 Continue` (RFC 9110 §10.1.1).
+    pub(super) fn hold(&mut self, go: CancellationToken, wait: Duration) {
+        self.gate = Some(Box::pin(async move {
+            let _ = tokio::time::timeout(wait, go.cancelled()).await;
+        }));
+    }
+}
+
+impl HttpBody for Upload {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        if let Some(gate) = &mut self.gate {
+            ready!(gate.as_mut().poll(cx));
+            self.gate = None;
+            self.tally.touch();
+        }
+        let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) else {
+            self.tally.await_visitor();
+            self.pulse.upload_waits(cx.waker());
+            return Poll::Pending;
+        };
+        Poll::Ready(match frame {
+            Some(Ok(frame)) => {
+                self.tally.sent_up(frame.data_ref().map_or(0, Bytes::len));
+                Some(Ok(frame))
+            }
+            Some(Err(_)) => {
+                self.tally.fail(Error::VisitorGone);
+                Some(Err(Error::VisitorGone))
+            }
+            None => {
+                self.tally.sent_up(0);
+                None
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+}
+
+/// An answer's body on its way to the visitor. Dropping it ends the request.
+pub(super) struct Body {
+    source: Source,
+    /// Ends the connection to the origin. Above `record`: dropped first.
+    origin: Option<DropGuard>,
+    record: Option<Record>,
+    /// Where an end of the connection would pass for the body's end: what to
+    /// tell that it must be a reset.
+    unframed: Option<Arc<Pulse>>,
+}
+
+enum Source {
+    Empty,
+    Page(Bytes),
+    Origin(Incoming),
+}
+
+impl Body {
+    pub(super) fn empty() -> Self {
+        Self::of(Source::Empty)
+    }
+
+    /// A page of our own.
+    pub(super) fn page(page: Bytes) -> Self {
+        Self::of(if page.is_empty() { Source::Empty } else { Source::Page(page) })
+    }
+
+    /// The origin's body; `origin` ends the connection that it comes over.
+    pub(super) fn origin(incoming: Incoming, origin: DropGuard) -> Self {
+        Self { source: Source::Origin(incoming), origin: Some(origin), record: None, unframed: None }
+    }
+
+    fn of(source: Source) -> Self {
+        Self { source, origin: None, record: None, unframed: None }
+    }
+
+    /// Ties the request's account to this body.
+    pub(super) fn accounted(mut self, record: Record) -> Self {
+        self.record = Some(record);
+        self
+    }
+
+    /// The visitor will take the connection's end for this body's end.
+    pub(super) fn unframed(mut self, pulse: Arc<Pulse>) -> Self {
+        self.unframed = Some(pulse);
+        self
+    }
+
+    fn count(&mut self, bytes: usize) {
+        if let Some(record) = &self.record {
+            record.tally.sent_down(bytes);
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(mut record) = self.record.take() {
+            record.complete();
+        }
+        self.origin = None;
+    }
+
+    /// The origin's body broke off: so must ours, visibly.
+    fn break_off(&mut self) -> Error {
+        let error = match &self.record {
+            Some(record) => {
+                record.tally.fail(Error::OriginReset);
+                record.tally.failed().unwrap_or(Error::OriginReset)
+            }
+            None => Error::OriginReset,
+        };
+        if let Some(pulse) = self.unframed.take() {
+            pulse.abort();
+        }
+        error
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        let frame = match &mut self.source {
+            Source::Empty => None,
+            Source::Page(page) => {
+                let page = std::mem::take(page);
+                self.source = Source::Empty;
+                Some(Ok(Frame::data(page)))
+            }
+            Source::Origin(incoming) => {
+                let Poll::Ready(frame) = Pin::new(incoming).poll_frame(cx) else {
+                    if let Some(record) = &self.record {
+                        record.tally.await_origin();
+                    }
+                    return Poll::Pending;
+                };
+                frame
+            }
+        };
+        Poll::Ready(match frame {
+            Some(Ok(frame)) => {
+                self.count(frame.data_ref().map_or(0, Bytes::len));
+                if frame.is_trailers() || self.is_end_stream() {
+                    self.finish();
+                }
+                Some(Ok(frame))
+            }
+            Some(Err(_)) => Some(Err(self.break_off())),
+            None => {
+                self.finish();
+                None
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Empty => true,
+            Source::Page(_) => false,
+            Source::Origin(incoming) => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Empty => SizeHint::with_exact(0),
+            Source::Page(page) => SizeHint::with_exact(page.len() as u64),
+            Source::Origin(incoming) => incoming.size_hint(),
+        }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        // A body without content (HEAD, 204, 304) is never polled.
+        if self.is_end_stream() {
+            self.finish();
+        }
+    }
+}

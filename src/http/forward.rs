@@ -1,0 +1,285 @@
+//! One request: whom it is for, whether it may pass, the way to the origin and
+//! the origin's answer. Every outcome is an answer; the account of the request
+//! travels in its body.
+
+use std::sync::Arc;
+
+use hyper::body::{Body as _, Incoming};
+use hyper::client::conn::http1;
+use hyper::header::{CONTENT_LENGTH, EXPECT, HeaderValue, UPGRADE};
+use hyper::http::request::Parts;
+use hyper::upgrade::OnUpgrade;
+use hyper::{Method, Request, Response, StatusCode, Version};
+use hyper_util::rt::TokioIo;
+use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::answer::{self, Asker, Form};
+use super::body::{Body, Upload};
+use super::headers::{self, Authority, Rewrite};
+use super::io::OriginIo;
+use super::record::{Record, Tally};
+use super::upgrade::Upgrade;
+use super::{Chain, Connection, Dial, Http};
+use crate::error::Error;
+use crate::model::SocketType;
+use crate::routes::{Route, Routes};
+use crate::stream::Stream;
+
+/// An answer, and the upgrade that follows it where it is a 101.
+struct Answer {
+    response: Response<Body>,
+    switch: Option<Switch>,
+}
+
+/// Both sides' promises to give up their streams.
+struct Switch {
+    visitor: OnUpgrade,
+    origin: OnUpgrade,
+    guard: DropGuard,
+}
+
+impl From<Response<Body>> for Answer {
+    fn from(response: Response<Body>) -> Self {
+        Self { response, switch: None }
+    }
+}
+
+/// A connection to an origin, made for one request.
+struct OriginConnection {
+    requests: http1::SendRequest<Upload>,
+    /// Ends the connection.
+    guard: DropGuard,
+}
+
+impl<D: Dial> Http<D> {
+    /// Answers one request.
+    pub(super) async fn request(
+        &self,
+        connection: &Connection,
+        request: Request<Incoming>,
+        mut record: Record,
+    ) -> Response<Body> {
+        let (parts, incoming) = request.into_parts();
+        let upload = Upload::new(incoming, Arc::clone(&record.tally), Arc::clone(&connection.pulse));
+        let (method, version) = (parts.method.clone(), parts.version);
+        let id = headers::request_id(&parts.headers);
+        let asker = Asker { method: &method, version, accept: Form::of(&parts.headers), id: &id };
+        let answer = match self.answer(connection, &asker, parts, upload, &mut record).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                record.tally.fail(error);
+                answer::failed(&asker, error).into()
+            }
+        };
+        record.status = Some(answer.response.status().as_u16());
+        let pulse = &connection.pulse;
+        match answer.switch {
+            Some(Switch { visitor, origin, guard }) => {
+                pulse.set_upgrade(Upgrade { visitor, origin, guard, record });
+                answer.response
+            }
+            None => answer.response.map(|body| {
+                // HTTP/1.0 has no chunks: there the connection's end is the body's.
+                let framed = version != Version::HTTP_10 || body.size_hint().exact().is_some();
+                let body = if framed { body } else { body.unframed(Arc::clone(pulse)) };
+                body.accounted(record)
+            }),
+        }
+    }
+
+    async fn answer(
+        &self,
+        connection: &Connection,
+        asker: &Asker<'_>,
+        mut parts: Parts,
+        upload: Upload,
+        record: &mut Record,
+    ) -> Result<Answer, Error> {
+        if parts.method == Method::CONNECT {
+            record.tally.fail(Error::BadRequest);
+            return Ok(answer::no_connect(asker).into());
+        }
+        headers::check_framing(parts.version, &parts.headers)?;
+        let target = headers::origin_target(&parts.method, &parts.uri)?;
+        let authority = headers::authority(parts.version, &parts.method, &parts.uri, &parts.headers)?;
+        let Authority { text: authority, host } = authority.ok_or(Error::NoSocket)?;
+        record.host.clone_from(&host);
+        let route = self.route(connection, &host)?;
+        record.socket = Some(route.socket.id.clone());
+        if route.socket.redirect_https && connection.via.tls.is_none() {
+            return Ok(answer::redirect(asker, &host, self.settings.public_https_port, &target.to_string()).into());
+        }
+        let wanted = headers::wanted_upgrade(parts.version, &parts.method, &parts.headers)
+            .filter(|_| upload.is_end_stream());
+        let visitor_side = wanted.is_some().then(|| parts.extensions.remove::<OnUpgrade>()).flatten();
+        headers::rewrite_request(
+            &mut parts.headers,
+            &Rewrite {
+                visitor: &connection.visitor,
+                version: parts.version,
+                secure: connection.via.tls.is_some(),
+                authority: &authority,
+                host: route.socket.upstream.host.as_deref().unwrap_or(&authority),
+                id: asker.id,
+                upgrade: wanted.filter(|_| visitor_side.is_some()),
+                chunked: !upload.is_end_stream() && upload.size_hint().exact().is_none(),
+            },
+        );
+        if upload.is_end_stream() && matches!(parts.method, Method::POST | Method::PUT | Method::PATCH) {
+            // RFC 9110 §8.6: some origins refuse these without a length (HTTP/2 needs none).
+            parts.headers.entry(CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
+        }
+        let mut request = Request::new(upload);
+        *request.method_mut() = parts.method;
+        *request.uri_mut() = target;
+        *request.headers_mut() = parts.headers;
+        self.expect(&mut request, parts.version);
+
+        let origin = self.connect(connection, &route, &host, record).await?;
+        self.forward(origin, request, visitor_side, record).await
+    }
+
+    /// The socket that a request for `host` on this connection reaches. What is
+    /// not reachable here answers as what does not exist.
+    fn route(&self, connection: &Connection, host: &str) -> Result<Arc<Route>, Error> {
+        if let Some(tls) = &connection.via.tls
+            && !Routes::same_name(tls.sni.as_ref(), host)
+            && !(tls.covers)(host)
+        {
+            return Err(Error::Misdirected);
+        }
+        self.routes
+            .by_host(host)
+            .filter(|r| matches!(r.socket.kind, SocketType::Http | SocketType::Https))
+            .ok_or(Error::NoSocket)
+    }
+
+    /// Leaves it to the origin to ask for an announced body, where the visitor
+    /// can be told so.
+    fn expect(&self, request: &mut Request<Upload>, version: Version) {
+        if !headers::names(request.headers(), EXPECT, "100-continue") {
+            return;
+        }
+        // hyper's HTTP/2 server has no way to say 100; HTTP/1.0 does not know it.
+        if version != Version::HTTP_11 || request.body().is_end_stream() {
+            request.headers_mut().remove(EXPECT);
+            return;
+        }
+        let go = CancellationToken::new();
+        request.body_mut().hold(go.clone(), self.settings.continue_wait);
+        hyper::ext::on_informational(request, move |interim| {
+            if interim.status() == StatusCode::CONTINUE {
+                go.cancel();
+            }
+        });
+    }
+
+    /// A fresh connection to the origin.
+    async fn connect(
+        &self,
+        connection: &Connection,
+        route: &Arc<Route>,
+        host: &str,
+        record: &mut Record,
+    ) -> Result<OriginConnection, Error> {
+        let dialed = self.dialer.dial(route, &connection.visitor).await?;
+        record.tunnel = Some(dialed.tunnel);
+        record.console = dialed.console;
+        let stream = match route.socket.kind {
+            SocketType::Https => self.origin_tls.connect(dialed.stream, &route.socket, host).await?,
+            _ => dialed.stream,
+        };
+        self.handshake(stream).await
+    }
+
+    async fn handshake(&self, stream: Stream) -> Result<OriginConnection, Error> {
+        let mut builder = http1::Builder::new();
+        builder.max_headers(self.settings.headers_max).max_buf_size(self.buffer_max());
+        let io = TokioIo::new(OriginIo::new(stream));
+        let (requests, driver) = builder.handshake(io).await.map_err(|_| Error::OriginReset)?;
+        let stop = CancellationToken::new();
+        let guard = stop.clone().drop_guard();
+        self.tracker.spawn(async move {
+            tokio::select! {
+                end = driver.with_upgrades() => if let Err(error) = end {
+                    tracing::debug!(error = %Chain(&error), "a connection to an origin ended in an error");
+                },
+                // Dropped, it closes the way through the tunnel.
+                () = stop.cancelled() => {}
+            }
+        });
+        Ok(OriginConnection { requests, guard })
+    }
+
+    /// Sends the request and makes the origin's answer the visitor's.
+    async fn forward(
+        &self,
+        mut origin: OriginConnection,
+        request: Request<Upload>,
+        visitor_side: Option<OnUpgrade>,
+        record: &mut Record,
+    ) -> Result<Answer, Error> {
+        record.tally.touch();
+        let answered = origin.requests.send_request(request);
+        let mut response = self.first_byte(answered, &record.tally).await?;
+        record.answered();
+        let received = response.version();
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            // An answer to a question that was not asked would turn what the
+            // visitor sends next into whatever the origin takes it for.
+            let visitor = visitor_side.ok_or(Error::OriginProtocol)?;
+            let origin_side = hyper::upgrade::on(&mut response);
+            let (mut head, _) = response.into_parts();
+            let protocol = head.headers.get(UPGRADE).cloned().ok_or(Error::OriginProtocol)?;
+            headers::rewrite_response(&mut head.headers, received);
+            head.headers.remove(CONTENT_LENGTH);
+            head.headers.insert(hyper::header::CONNECTION, HeaderValue::from_static("upgrade"));
+            head.headers.insert(UPGRADE, protocol);
+            let switch = Switch { visitor, origin: origin_side, guard: origin.guard };
+            return Ok(Answer { response: Response::from_parts(head, Body::empty()), switch: Some(switch) });
+        }
+        let (mut head, incoming) = response.into_parts();
+        headers::rewrite_response(&mut head.headers, received);
+        head.version = Version::HTTP_11;
+        Ok(Response::from_parts(head, Body::origin(incoming, origin.guard)).into())
+    }
+
+    /// Waits for the head of the origin's answer: for the first byte deadline,
+    /// counted from the last progress of the upload, where the origin owes the
+    /// next step, and as long as a body may pause where the visitor does.
+    async fn first_byte(
+        &self,
+        answered: impl Future<Output = hyper::Result<Response<Incoming>>>,
+        tally: &Tally,
+    ) -> Result<Response<Incoming>, Error> {
+        let mut answered = std::pin::pin!(answered);
+        let limit = self.settings.first_byte;
+        loop {
+            let now = Instant::now();
+            let (wait, late) = match tally.visitor_owes() {
+                true => (self.settings.body_idle, Error::Idle),
+                false => (limit, Error::OriginSilent),
+            };
+            let due = tally.moved() + wait;
+            if due <= now {
+                return Err(late);
+            }
+            tokio::select! {
+                answered = &mut answered => return answered.map_err(|error| unanswered(&error, tally)),
+                // Who owes may change meanwhile.
+                () = tokio::time::sleep_until(due.min(now + limit)) => {}
+            }
+        }
+    }
+}
+
+/// Why there is no answer.
+fn unanswered(error: &hyper::Error, tally: &Tally) -> Error {
+    tracing::debug!(error = %Chain(error), "an origin gave no answer");
+    match tally.failed() {
+        Some(known) => known,
+        None if error.is_parse() => Error::OriginProtocol,
+        None => Error::OriginReset,
+    }
+}

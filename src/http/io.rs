@@ -1,0 +1,220 @@
+//! The two streams that hyper drives, with what it does not do itself: the
+//! visitor's side tells the connection's pulse what comes, ends by reset where
+//! an end would lie and lingers where a reset would destroy an answer; the
+//! origin's side still reads what came before it stopped taking our bytes.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio_util::task::TaskTracker;
+
+use super::pulse::Pulse;
+use crate::stream::{Duplex, Stream};
+
+/// Stops lingering with a visitor that keeps sending this much, in bytes: it is
+/// not going to read our answer.
+const LINGER_MAX: usize = 64 << 20;
+
+/// The visitor's stream under hyper.
+pub(super) struct VisitorIo {
+    /// Absent once taken out.
+    stream: Option<Stream>,
+    pulse: Arc<Pulse>,
+    tracker: TaskTracker,
+    linger: Duration,
+    /// We closed our side in order.
+    shut: bool,
+    /// The visitor closed theirs, or the stream broke.
+    ended: bool,
+}
+
+impl VisitorIo {
+    pub(super) fn new(stream: Stream, pulse: Arc<Pulse>, tracker: TaskTracker, linger: Duration) -> Self {
+        Self { stream: Some(stream), pulse, tracker, linger, shut: false, ended: false }
+    }
+
+    /// The bare stream, with what hyper had read too far put back.
+    pub(super) fn into_stream(mut self, unread: Bytes) -> Option<Stream> {
+        self.stream.take().map(|stream| put_back(stream, unread))
+    }
+
+    fn stream(&mut self) -> io::Result<Pin<&mut Stream>> {
+        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+/// Puts bytes in front of a stream that may still have some of its own there.
+fn put_back(mut stream: Stream, unread: Bytes) -> Stream {
+    if unread.is_empty() {
+        return stream;
+    }
+    let rest = stream.take_head();
+    if rest.is_empty() {
+        return stream.with_head(unread);
+    }
+    let mut both = BytesMut::from(unread);
+    both.extend_from_slice(&rest);
+    stream.with_head(both.freeze())
+}
+
+impl AsyncRead for VisitorIo {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = if self.ended { Ok(()) } else { ready!(self.stream()?.poll_read(cx, buf)) };
+        if let Err(error) = read {
+            self.ended = true;
+            return Poll::Ready(Err(error));
+        }
+        if buf.filled().len() > before {
+            self.pulse.received();
+        } else {
+            self.ended = true;
+            if self.pulse.hold_eof(cx.waker()) {
+                return Poll::Pending;
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for VisitorIo {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.stream()?.poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.stream()?.poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.as_ref().is_some_and(AsyncWrite::is_write_vectored)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.stream()?.poll_flush(cx))?;
+        self.pulse.flushed();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.stream()?.poll_shutdown(cx))?;
+        self.shut = true;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for VisitorIo {
+    fn drop(&mut self) {
+        let Some(mut stream) = self.stream.take() else { return };
+        if self.pulse.aborted() {
+            Duplex::reset(&mut stream);
+        } else if self.shut && !self.ended && !self.linger.is_zero() {
+            // At the runtime's own end there is nobody to linger.
+            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                self.tracker.spawn_on(linger(stream, self.linger), &runtime);
+            }
+        }
+    }
+}
+
+/// Reads and drops what the visitor still sends, so that the kernel has no
+/// reason to answer it with a reset.
+async fn linger(mut stream: Stream, wait: Duration) {
+    let drain = async {
+        let mut scratch = vec![0u8; 16 << 10];
+        let mut dropped = 0;
+        while dropped < LINGER_MAX {
+            match stream.read(&mut scratch).await {
+                Ok(0) | Err(_) => return,
+                Ok(n) => dropped += n,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(wait, drain).await;
+}
+
+/// The origin's stream under hyper.
+pub(super) struct OriginIo {
+    stream: Stream,
+    /// A write failed. The origin may have answered before it stopped reading,
+    /// so that is for the reading side to find out.
+    deaf: bool,
+}
+
+impl OriginIo {
+    pub(super) fn new(stream: Stream) -> Self {
+        Self { stream, deaf: false }
+    }
+
+    /// The bare stream, with what hyper had read too far put back.
+    pub(super) fn into_stream(self, unread: Bytes) -> Stream {
+        put_back(self.stream, unread)
+    }
+
+    /// Writing to a deaf origin waits; whatever ends the connection ends the wait.
+    fn heard<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        match written {
+            Poll::Ready(Err(_)) => {
+                self.deaf = true;
+                Poll::Pending
+            }
+            written => written,
+        }
+    }
+}
+
+impl AsyncRead for OriginIo {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for OriginIo {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.deaf {
+            return Poll::Pending;
+        }
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.heard(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.deaf {
+            return Poll::Pending;
+        }
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.heard(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.deaf {
+            return Poll::Pending;
+        }
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        self.heard(flushed)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.deaf {
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

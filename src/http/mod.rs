@@ -1,0 +1,297 @@
+//! The HTTP path of a visitor: one connection (HTTP/1.1 or HTTP/2), many
+//! requests, each routed by its own authority, forwarded over a stream to the
+//! origin and told in one record at its end. What the rules say about heads is
+//! in `headers`; who finds the stream is behind `Dial`.
+
+mod answer;
+mod body;
+mod forward;
+pub mod headers;
+mod io;
+mod origin_tls;
+mod pulse;
+mod record;
+mod settings;
+mod upgrade;
+
+#[cfg(test)]
+mod tests;
+
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::Poll;
+
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use self::settings::HttpSettings;
+
+use self::io::VisitorIo;
+use self::origin_tls::OriginTls;
+use self::pulse::{Pulse, Then};
+use self::record::{Record, Tally};
+use crate::dial::Dialed;
+use crate::error::Error;
+use crate::model::{HostName, Visitor};
+use crate::routes::{Route, Routes};
+use crate::stream::Stream;
+
+/// Finds a way to a socket's origin.
+pub trait Dial: Send + Sync + 'static {
+    /// An open stream to the origin of `route`, for this visitor.
+    ///
+    /// # Errors
+    /// Why there is none; the visitor is answered with its status.
+    ///
+    /// # Cancel safety
+    /// Dropped where the visitor leaves.
+    fn dial(&self, route: &Arc<Route>, visitor: &Visitor) -> impl Future<Output = Result<Dialed, Error>> + Send;
+}
+
+/// The HTTP version that a visitor's connection speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1 or 1.0.
+    Http1,
+    /// HTTP/2: by ALPN, or by its preface in plain text.
+    Http2,
+}
+
+/// How a visitor's bytes came.
+#[derive(Clone)]
+pub struct Via {
+    /// What they speak.
+    pub protocol: Protocol,
+    /// The TLS connection that carried them, if one did.
+    pub tls: Option<Tls>,
+}
+
+/// What a request has to know of the TLS connection that it came over.
+#[derive(Clone)]
+pub struct Tls {
+    /// The name that the visitor asked for in the handshake.
+    pub sni: Option<HostName>,
+    /// Whether the certificate that was presented covers this host.
+    pub covers: Arc<dyn Fn(&str) -> bool + Send + Sync>,
+}
+
+/// Serves HTTP to visitors.
+pub struct Http<D> {
+    routes: Arc<Routes>,
+    dialer: Arc<D>,
+    settings: HttpSettings,
+    origin_tls: OriginTls,
+    tracker: TaskTracker,
+}
+
+/// One visitor's connection, as its requests see it.
+struct Connection {
+    visitor: Visitor,
+    via: Via,
+    pulse: Arc<Pulse>,
+}
+
+impl<D: Dial> Http<D> {
+    /// The HTTP path over these routes. Tasks (HTTP/2 streams, connections to
+    /// origins) are spawned on `tracker`.
+    pub fn new(routes: Arc<Routes>, dialer: Arc<D>, settings: HttpSettings, tracker: TaskTracker) -> Arc<Self> {
+        let origin_tls = OriginTls::new(settings.origin_tls, settings.origin_ca_file.clone());
+        Arc::new(Self { routes, dialer, settings, origin_tls, tracker })
+    }
+
+    /// Serves one visitor's connection until it ends, upgraded connections
+    /// included. `drain` finishes what runs and takes no more; `cut` ends
+    /// everything now. Every request's record is told before this returns, or
+    /// (HTTP/2) by a tracked task soon after.
+    ///
+    /// # Cancel safety
+    /// Dropping it cuts the connection.
+    pub async fn serve(
+        self: &Arc<Self>,
+        stream: Stream,
+        visitor: Visitor,
+        via: Via,
+        drain: &CancellationToken,
+        cut: &CancellationToken,
+    ) {
+        let protocol = via.protocol;
+        let pulse = Arc::new(Pulse::new(protocol == Protocol::Http1));
+        let io = VisitorIo::new(stream, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
+        let io = TokioIo::new(io);
+        let connection = Arc::new(Connection { visitor, via, pulse });
+        let http = Arc::clone(self);
+        let at = Arc::clone(&connection);
+        let service = service_fn(move |request: Request<Incoming>| {
+            let record =
+                Record::begin(&at.pulse, at.visitor, request.method().clone(), request.uri().clone());
+            let (http, at) = (Arc::clone(&http), Arc::clone(&at));
+            async move { Ok::<_, Infallible>(http.request(&at, request, record).await) }
+        });
+        let pulse = &connection.pulse;
+        // Boxed: the state of a hyper connection is large, and one visit in many is HTTP.
+        match protocol {
+            Protocol::Http1 => {
+                let hyper = Box::pin(self.http1().serve_connection(io, service).with_upgrades());
+                self.drive(hyper, |c| c.graceful_shutdown(), pulse, drain, cut).await;
+            }
+            Protocol::Http2 => {
+                let hyper = Box::pin(self.http2(pulse, cut).serve_connection(io, service));
+                self.drive(hyper, |c| c.graceful_shutdown(), pulse, drain, cut).await;
+            }
+        }
+        if let Some(upgrade) = connection.pulse.take_upgrade() {
+            upgrade.run(&self.settings, cut).await;
+        }
+    }
+
+    fn http1(&self) -> http1::Builder {
+        let mut builder = http1::Builder::new();
+        builder
+            // The connection's own watch knows idle from slow; hyper's has one figure for both.
+            .header_read_timeout(None)
+            .max_headers(self.settings.headers_max)
+            .max_header_size(self.settings.head_max.0)
+            .max_buf_size(self.buffer_max());
+        builder
+    }
+
+    fn http2(&self, pulse: &Arc<Pulse>, cut: &CancellationToken) -> http2::Builder<StreamTasks> {
+        let s = &self.settings;
+        let window = |size: usize| u32::try_from(size).unwrap_or(u32::MAX >> 1);
+        let mut builder = http2::Builder::new(StreamTasks {
+            tracker: self.tracker.clone(),
+            pulse: Arc::clone(pulse),
+            body_idle: s.body_idle,
+            cut: cut.clone(),
+        });
+        builder
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(s.h2_streams)
+            .max_header_list_size(window(s.head_max.0))
+            .initial_stream_window_size(window(s.h2_stream_window.0))
+            .initial_connection_window_size(window(s.h2_window.0))
+            .max_send_buf_size(s.h2_send_buffer.0)
+            .keep_alive_interval(s.h2_ping)
+            .keep_alive_timeout(s.h2_ping_timeout)
+            .max_pending_accept_reset_streams(s.h2_resets_pending)
+            .max_local_error_reset_streams(s.h2_resets_local);
+        builder
+    }
+
+    /// What hyper may buffer per HTTP/1 connection and direction, in bytes: a
+    /// whole head, and enough to keep a fast link busy.
+    fn buffer_max(&self) -> usize {
+        self.settings.head_max.0.max(64 << 10)
+    }
+
+    /// Polls a visitor's connection to its end and holds it to its deadlines.
+    async fn drive<C>(
+        &self,
+        mut hyper: Pin<Box<C>>,
+        close: impl Fn(Pin<&mut C>),
+        pulse: &Pulse,
+        drain: &CancellationToken,
+        cut: &CancellationToken,
+    ) where
+        C: Future<Output = hyper::Result<()>>,
+    {
+        let mut closing = false;
+        let (at, _) = pulse.due(&self.settings);
+        let mut timer = pin!(tokio::time::sleep_until(at));
+        loop {
+            let watched = poll_fn(|cx| {
+                if let Poll::Ready(end) = hyper.as_mut().poll(cx) {
+                    if let Err(error) = end {
+                        tracing::debug!(error = %Chain(&error), "a visitor's connection ended in an error");
+                    }
+                    return Poll::Ready(None);
+                }
+                // The timer is only ever brought forward; where it is early, look again.
+                loop {
+                    let (at, then) = pulse.due(&self.settings);
+                    if at <= Instant::now() && then != Then::Look {
+                        return Poll::Ready(Some(then));
+                    }
+                    if at < timer.deadline() || timer.is_elapsed() {
+                        timer.as_mut().reset(at);
+                    }
+                    if timer.as_mut().poll(cx).is_pending() {
+                        return Poll::Pending;
+                    }
+                }
+            });
+            tokio::select! {
+                biased;
+                () = cut.cancelled() => {
+                    pulse.cut(Error::Draining);
+                    return;
+                }
+                () = drain.cancelled(), if !closing => {}
+                then = watched => match then {
+                    None => return,
+                    Some(Then::Cut) => {
+                        pulse.cut(pulse.overdue());
+                        return;
+                    }
+                    Some(Then::Close | Then::Look) if closing => continue,
+                    Some(Then::Close | Then::Look) => {}
+                }
+            }
+            closing = true;
+            pulse.closing();
+            close(hyper.as_mut());
+        }
+    }
+}
+
+/// Runs the streams of an HTTP/2 connection, each held to its progress.
+#[derive(Clone)]
+struct StreamTasks {
+    tracker: TaskTracker,
+    pulse: Arc<Pulse>,
+    body_idle: std::time::Duration,
+    cut: CancellationToken,
+}
+
+impl<F> hyper::rt::Executor<F> for StreamTasks
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, stream: F) {
+        // hyper spawns a stream right after it called the service for it.
+        let tally: Option<Arc<Tally>> = self.pulse.take_latest();
+        let (body_idle, cut) = (self.body_idle, self.cut.clone());
+        self.tracker.spawn(async move {
+            let Some(tally) = tally else { return stream.await };
+            tokio::select! {
+                () = stream => {}
+                // Dropped, it resets its stream.
+                () = tally.stall(body_idle) => {}
+                () = cut.cancelled() => tally.fail(Error::Draining),
+            }
+        });
+    }
+}
+
+/// An error with its causes, in one line.
+struct Chain<'a>(&'a (dyn std::error::Error + 'static));
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,246 @@
+//! The state of one visitor's connection that its stream, its requests and its
+//! driver share: what it waits for and until when, whether the visitor closed
+//! its side, and the upgrade that may follow.
+
+use std::sync::Arc;
+use std::task::Waker;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use super::record::Tally;
+use super::settings::HttpSettings;
+use super::upgrade::Upgrade;
+use crate::error::Error;
+
+/// What to do with a connection when its present wait is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// Nothing is wrong: look again.
+    Look,
+    /// Close it, letting what is on its way arrive.
+    Close,
+    /// End it now.
+    Cut,
+}
+
+/// Shared by the parts of one connection.
+pub(super) struct Pulse {
+    /// HTTP/1: one request at a time, and a half-closed visitor may still read.
+    serial: bool,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Requests under way.
+    live: usize,
+    /// The latest request: under way on HTTP/1, not yet spawned on HTTP/2.
+    latest: Option<Arc<Tally>>,
+    /// When the present time without a request began.
+    since: Instant,
+    /// When the first byte of an incomplete head came (HTTP/1).
+    head: Option<Instant>,
+    /// Nothing has come yet.
+    fresh: bool,
+    closing: bool,
+    /// Whether everything of the last answer has left.
+    flushed: bool,
+    eof: Eof,
+    reader: Option<Waker>,
+    uploader: Option<Waker>,
+    upgrade: Option<Box<Upgrade>>,
+    abort: bool,
+}
+
+/// The visitor's end of its side. hyper takes it for the visitor's leaving and
+/// drops the request, so it is held back while an answer is still owed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Eof {
+    Unseen,
+    Held(Instant),
+    Released,
+}
+
+impl Pulse {
+    pub(super) fn new(serial: bool) -> Self {
+        Self {
+            serial,
+            state: Mutex::new(State {
+                live: 0,
+                latest: None,
+                since: Instant::now(),
+                head: None,
+                fresh: true,
+                closing: false,
+                flushed: true,
+                eof: Eof::Unseen,
+                reader: None,
+                uploader: None,
+                upgrade: None,
+                abort: false,
+            }),
+        }
+    }
+
+    /// A request begins.
+    pub(super) fn begin(&self, tally: &Arc<Tally>) {
+        let mut s = self.state.lock();
+        s.live += 1;
+        s.latest = Some(Arc::clone(tally));
+        s.head = None;
+        s.fresh = false;
+        s.flushed = false;
+    }
+
+    /// A request has ended.
+    pub(super) fn end(&self) {
+        let mut s = self.state.lock();
+        s.live = s.live.saturating_sub(1);
+        s.since = Instant::now();
+        if self.serial {
+            s.latest = None;
+            s.uploader = None;
+        }
+    }
+
+    /// The request that began last, for the task that will run it (HTTP/2).
+    pub(super) fn take_latest(&self) -> Option<Arc<Tally>> {
+        self.state.lock().latest.take()
+    }
+
+    /// Bytes came from the visitor.
+    pub(super) fn received(&self) {
+        let mut s = self.state.lock();
+        if s.live == 0 {
+            if self.serial {
+                s.head.get_or_insert_with(Instant::now);
+            }
+            s.fresh = false;
+        }
+    }
+
+    /// The visitor closed its side. Whether to keep that back for now; then
+    /// `reader` is woken when it may be told.
+    pub(super) fn hold_eof(&self, reader: &Waker) -> bool {
+        if !self.serial {
+            return false;
+        }
+        let mut s = self.state.lock();
+        if s.eof == Eof::Released || (s.live == 0 && s.flushed) {
+            return false;
+        }
+        if s.eof == Eof::Unseen {
+            s.eof = Eof::Held(Instant::now());
+        }
+        s.reader = Some(reader.clone());
+        // An upload that is not complete has to find out that it never will be.
+        if let Some(uploader) = s.uploader.take() {
+            uploader.wake();
+        }
+        true
+    }
+
+    /// The upload waits for bytes of the visitor. Where the visitor has closed
+    /// its side there will be none, and hyper is told.
+    pub(super) fn upload_waits(&self, uploader: &Waker) {
+        if !self.serial {
+            return;
+        }
+        let mut s = self.state.lock();
+        if matches!(s.eof, Eof::Held(_)) {
+            s.release_eof();
+        } else if !s.uploader.as_ref().is_some_and(|w| w.will_wake(uploader)) {
+            s.uploader = Some(uploader.clone());
+        }
+    }
+
+    /// All that was written has left.
+    pub(super) fn flushed(&self) {
+        let mut s = self.state.lock();
+        if s.live == 0 && !s.flushed {
+            s.flushed = true;
+            if matches!(s.eof, Eof::Held(_)) {
+                s.release_eof();
+            }
+        }
+    }
+
+    /// The driver told hyper to close when it can.
+    pub(super) fn closing(&self) {
+        let mut s = self.state.lock();
+        s.closing = true;
+        s.since = Instant::now();
+    }
+
+    /// Notes the upgrade to run once the connection has given up its stream.
+    pub(super) fn set_upgrade(&self, upgrade: Upgrade) {
+        self.state.lock().upgrade = Some(Box::new(upgrade));
+    }
+
+    /// The upgrade to run, if there is one.
+    pub(super) fn take_upgrade(&self) -> Option<Box<Upgrade>> {
+        self.state.lock().upgrade.take()
+    }
+
+    /// The stream must end with a reset: its end would pass for an answer's.
+    pub(super) fn abort(&self) {
+        self.state.lock().abort = true;
+    }
+
+    /// Whether `abort` was called.
+    pub(super) fn aborted(&self) -> bool {
+        self.state.lock().abort
+    }
+
+    /// Ends whatever runs with this reason.
+    pub(super) fn cut(&self, error: Error) {
+        let mut s = self.state.lock();
+        s.abort |= s.live > 0;
+        if let Some(latest) = &s.latest {
+            latest.fail(error);
+        }
+    }
+
+    /// Until when the present wait may last, and what comes then.
+    pub(super) fn due(&self, settings: &HttpSettings) -> (Instant, Then) {
+        let s = self.state.lock();
+        if s.live > 0 {
+            let look = || (Instant::now() + settings.body_idle, Then::Look);
+            let Some(latest) = s.latest.as_ref().filter(|_| self.serial) else { return look() };
+            return match s.eof {
+                Eof::Held(since) => (latest.moved().max(since) + settings.half_closed, Then::Cut),
+                _ if latest.answered() => (latest.moved() + settings.body_idle, Then::Cut),
+                _ => look(),
+            };
+        }
+        let after = |wait: Duration, then| (s.since + wait, then);
+        match s.head {
+            // What is left of the last answer may take its time; the far end of a
+            // GOAWAY must only acknowledge it.
+            _ if s.closing => after(if self.serial { settings.body_idle } else { settings.h2_ping_timeout }, Then::Cut),
+            Some(begun) => (begun + settings.head_deadline, Then::Cut),
+            None if s.fresh => after(settings.head_deadline, Then::Close),
+            None => after(settings.idle, Then::Close),
+        }
+    }
+
+    /// The word for a request whose wait is over.
+    pub(super) fn overdue(&self) -> Error {
+        let s = self.state.lock();
+        match (s.eof, &s.latest) {
+            (Eof::Held(_), _) => Error::VisitorGone,
+            (_, Some(latest)) => latest.stalled(),
+            (_, None) => Error::Idle,
+        }
+    }
+}
+
+impl State {
+    fn release_eof(&mut self) {
+        self.eof = Eof::Released;
+        if let Some(reader) = self.reader.take() {
+            reader.wake();
+        }
+    }
+}

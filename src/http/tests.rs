@@ -1,0 +1,839 @@
+//! Promises of the HTTP path, kept over in-memory streams: the visitor's side
+//! is raw bytes or a hyper client, the origin's a task of the test.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty, Full, StreamBody};
+use hyper::body::Frame;
+use hyper::client::conn::http2;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use parking_lot::Mutex;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::dial::Dialed;
+use crate::model::{Socket, SocketType};
+use crate::visit_log::{Sink, Visit};
+
+/// How long a test waits for what must happen.
+const SOON: Duration = Duration::from_secs(5);
+
+/// What the origin's side of a test does with one connection.
+type Origin = Box<dyn Fn(DuplexStream) + Send + Sync>;
+
+struct FakeDial {
+    origin: Origin,
+    fails: Option<Error>,
+    visits: Arc<Visits>,
+}
+
+#[derive(Default)]
+struct Visits(Mutex<Vec<Arc<Visit>>>);
+
+impl Sink for Visits {
+    fn record(&self, visit: &Arc<Visit>) {
+        self.0.lock().push(Arc::clone(visit));
+    }
+}
+
+impl Dial for FakeDial {
+    async fn dial(&self, _: &Arc<Route>, _: &Visitor) -> Result<Dialed, Error> {
+        if let Some(error) = self.fails {
+            return Err(error);
+        }
+        let (near, far) = duplex(64 << 10);
+        (self.origin)(far);
+        let console: Arc<dyn Sink> = Arc::clone(&self.visits) as _;
+        Ok(Dialed { stream: Stream::other(near), tunnel: "t".parse().unwrap(), console: Some(console) })
+    }
+}
+
+struct World {
+    http: Arc<Http<FakeDial>>,
+    visits: Arc<Visits>,
+    drain: CancellationToken,
+    cut: CancellationToken,
+}
+
+fn socket(id: &str, kind: SocketType, host: &str) -> Socket {
+    let mut socket = Socket::new(id.parse().unwrap(), kind);
+    socket.hostnames = vec![host.parse().unwrap()];
+    socket
+}
+
+impl World {
+    fn new<F, Fut>(settings: HttpSettings, origin: F) -> Self
+    where
+        F: Fn(DuplexStream) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        Self::with(settings, None, Box::new(move |io| drop(tokio::spawn(origin(io)))))
+    }
+
+    fn with(settings: HttpSettings, fails: Option<Error>, origin: Origin) -> Self {
+        let routes = Arc::new(Routes::default());
+        routes.put_socket(socket("a", SocketType::Http, "a.test"));
+        routes.put_socket(socket("b", SocketType::Http, "b.test"));
+        routes.put_socket(socket("p", SocketType::Passthrough, "p.test"));
+        let mut hosted = socket("hosted", SocketType::Http, "hosted.test");
+        hosted.upstream.host = Some("inner.test:81".into());
+        routes.put_socket(hosted);
+        let mut secure = socket("s", SocketType::Http, "s.test");
+        secure.redirect_https = true;
+        routes.put_socket(secure);
+        let visits = Arc::new(Visits::default());
+        let dial = FakeDial { origin, fails, visits: Arc::clone(&visits) };
+        let http = Http::new(routes, Arc::new(dial), settings, TaskTracker::new());
+        Self { http, visits, drain: CancellationToken::new(), cut: CancellationToken::new() }
+    }
+
+    /// An origin that answers each request with what `answer` makes of its head.
+    fn echo(answer: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
+        let answer = Arc::new(answer);
+        Self::new(HttpSettings::default(), move |mut io| {
+            let answer = Arc::clone(&answer);
+            async move {
+                let head = read_head(&mut io).await;
+                let _ = io.write_all(answer(&head).as_bytes()).await;
+            }
+        })
+    }
+
+    fn visit(&self, via: Via) -> DuplexStream {
+        let (near, far) = duplex(64 << 10);
+        let (http, drain, cut) = (Arc::clone(&self.http), self.drain.clone(), self.cut.clone());
+        let visitor = Visitor::new("198.51.100.7:5000".parse().unwrap(), "192.0.2.1:8443".parse().unwrap());
+        tokio::spawn(async move { http.serve(Stream::other(far), visitor, via, &drain, &cut).await });
+        near
+    }
+
+    fn plain(&self) -> DuplexStream {
+        self.visit(Via { protocol: Protocol::Http1, tls: None })
+    }
+
+    async fn h2(&self, via: Via) -> http2::SendRequest<BoxBody> {
+        let io = self.visit(via);
+        let (requests, driver) =
+            http2::handshake(TokioExecutor::new(), TokioIo::new(io)).await.expect("an h2 handshake");
+        tokio::spawn(driver);
+        requests
+    }
+
+    /// The records so far, once there are `n`.
+    async fn records(&self, n: usize) -> Vec<Arc<Visit>> {
+        soon(async {
+            loop {
+                let records = self.visits.0.lock().clone();
+                if records.len() >= n {
+                    return records;
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        })
+        .await
+    }
+
+    /// What a visitor gets for these bytes, up to the connection's end.
+    async fn ask(&self, request: &str) -> String {
+        let mut io = self.plain();
+        io.write_all(request.as_bytes()).await.unwrap();
+        read_all(&mut io).await
+    }
+}
+
+type BoxBody = http_body_util::combinators::BoxBody<Bytes, std::io::Error>;
+
+fn full(text: &str) -> BoxBody {
+    Full::new(Bytes::from(text.to_owned())).map_err(|e| match e {}).boxed()
+}
+
+fn empty() -> BoxBody {
+    Empty::new().map_err(|e| match e {}).boxed()
+}
+
+fn channel_body() -> (mpsc::Sender<Frame<Bytes>>, BoxBody) {
+    let (tx, mut rx) = mpsc::channel::<Frame<Bytes>>(1);
+    let frames = futures_util::stream::poll_fn(move |cx| rx.poll_recv(cx).map(|f| f.map(Ok::<_, std::io::Error>)));
+    (tx, BodyExt::boxed(StreamBody::new(frames)))
+}
+
+fn h2_plain() -> Via {
+    Via { protocol: Protocol::Http2, tls: None }
+}
+
+fn tls(protocol: Protocol, sni: &str) -> Via {
+    let covers = Arc::new(|host: &str| host.ends_with(".test") && host.split('.').count() == 2);
+    Via { protocol, tls: Some(Tls { sni: Some(sni.parse().unwrap()), covers }) }
+}
+
+async fn soon<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(SOON, what).await.expect("within the test's deadline")
+}
+
+/// Reads up to the end of a head, or of the stream.
+async fn read_head(io: &mut DuplexStream) -> String {
+    read_until(io, "\r\n\r\n").await
+}
+
+async fn read_until(io: &mut DuplexStream, end: &str) -> String {
+    let mut read = Vec::new();
+    soon(async {
+        let mut byte = [0];
+        while !read.ends_with(end.as_bytes()) && io.read(&mut byte).await.is_ok_and(|n| n > 0) {
+            read.push(byte[0]);
+        }
+    })
+    .await;
+    String::from_utf8_lossy(&read).into_owned()
+}
+
+async fn read_all(io: &mut DuplexStream) -> String {
+    let mut read = Vec::new();
+    let _ = soon(io.read_to_end(&mut read)).await;
+    String::from_utf8_lossy(&read).into_owned()
+}
+
+fn ok(body: &str) -> String {
+    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+fn get(host: &str, more: &str) -> String {
+    format!("GET / HTTP/1.1\r\nHost: {host}\r\n{more}\r\n")
+}
+
+#[tokio::test]
+async fn each_request_of_a_connection_goes_where_its_own_host_says() {
+    let world = World::echo(|head| ok(head.lines().find(|l| l.starts_with("host:")).unwrap_or("none")));
+    let mut io = world.plain();
+    for (host, seen) in [("a.test", "host: a.test"), ("B.Test:80", "host: B.Test:80"), ("hosted.test", "host: inner.test:81")] {
+        io.write_all(get(host, "").as_bytes()).await.unwrap();
+        let head = read_head(&mut io).await;
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        assert_eq!(read_until(&mut io, seen).await, seen);
+    }
+    io.write_all(b"GET http://b.test/x?y HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n").await.unwrap();
+    assert!(read_all(&mut io).await.ends_with("host: b.test"));
+    let sockets: Vec<String> =
+        world.records(4).await.iter().map(|v| v.socket.as_ref().unwrap().to_string()).collect();
+    assert_eq!(sockets, ["a", "b", "hosted", "b"]);
+}
+
+#[tokio::test]
+async fn unknown_names_all_get_the_same_answer() {
+    let world = World::echo(|_| ok("never"));
+    let mut answers = Vec::new();
+    for host in ["nobody.test", "p.test", "127.0.0.1", "[::1]:80"] {
+        let answer = world.ask(&get(host, "Connection: close\r\nX-Request-Id: same\r\n")).await;
+        assert!(answer.starts_with("HTTP/1.1 404 Not Found\r\n"), "{answer}");
+        assert!(!answer.contains(host) && answer.contains("cache-control: no-store"));
+        answers.push(answer.lines().filter(|l| !l.starts_with("date:")).collect::<Vec<_>>().join("\n"));
+    }
+    answers.dedup();
+    assert_eq!(answers.len(), 1);
+    assert!(world.ask("GET / HTTP/1.0\r\n\r\n").await.starts_with("HTTP/1.0 404"));
+}
+
+#[tokio::test]
+async fn a_name_that_the_certificate_does_not_cover_is_misdirected() {
+    let world = World::echo(|_| ok("fine"));
+    for (host, status) in [
+        ("a.test", "200"),
+        ("b.test", "200"),
+        ("nobody.test", "404"),
+        ("x.y.test", "421"),
+        ("a.other", "421"),
+        ("uncovered.sni", "404"),
+    ] {
+        let mut io = world.visit(tls(Protocol::Http1, "uncovered.sni"));
+        io.write_all(get(host, "Connection: close\r\n").as_bytes()).await.unwrap();
+        let answer = read_all(&mut io).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{host}: {answer}");
+    }
+    let mut h2 = world.h2(tls(Protocol::Http2, "a.test")).await;
+    let request = Request::get("https://a.other/").body(empty()).unwrap();
+    assert_eq!(soon(h2.send_request(request)).await.unwrap().status(), 421);
+}
+
+#[tokio::test]
+async fn malformed_and_ambiguous_requests_are_refused_and_the_connection_closed() {
+    let world = World::echo(|_| ok("forwarded"));
+    for bad in [
+        "GET / HTTP/1.1\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.test\r\nHost: b.test\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.test\r\nHost: a.test\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.test@b.test\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost : a.test\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.test\r\n X: folded\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.test\r\nX: a\0b\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.test\r\nX: a\rb\r\n\r\n",
+        "GET a.test HTTP/1.1\r\nHost: a.test\r\n\r\n",
+        "GET / HTTP/2.7\r\nHost: a.test\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: +1\r\n\r\na",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: -1\r\n\r\na",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: gzip\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.0\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ] {
+        let answer = world.ask(bad).await;
+        let refused = answer.starts_with("HTTP/1.1 400") || answer.starts_with("HTTP/1.0 400");
+        assert!(refused && !answer.contains("forwarded"), "{bad:?}: {answer}");
+    }
+    let answer = world.ask("CONNECT a.test:443 HTTP/1.1\r\nHost: a.test:443\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 405") && answer.contains("allow: GET"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_head_that_is_too_large_gets_431() {
+    let settings = HttpSettings { head_max: crate::fields::Bytes(8 << 10), ..HttpSettings::default() };
+    let world = World::new(settings, |_| async {});
+    let answer = world.ask(&get("a.test", &format!("X: {}\r\n", "x".repeat(9 << 10)))).await;
+    assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    let many: String = (0..200).map(|i| format!("X-{i}: 1\r\n")).collect();
+    let answer = world.ask(&get("a.test", &many)).await;
+    assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    let mut h2 = world.h2(h2_plain()).await;
+    let request = Request::get("http://a.test/").header("x", "x".repeat(9 << 10)).body(empty()).unwrap();
+    let answer = soon(h2.send_request(request)).await;
+    assert!(answer.is_err() || answer.is_ok_and(|r| r.status() == 431));
+}
+
+#[tokio::test]
+async fn the_origin_sees_a_clean_head_with_the_true_visitor() {
+    let world = World::echo(ok);
+    let answer = world
+        .ask("GET /a//b/../%2e?x=%20&y HTTP/1.1\r\nHost: a.test:8080\r\nX-Forwarded-For: 6.6.6.6\r\n\
+              X-Forwarded-Proto: https\r\nForwarded: for=6.6.6.6\r\nX_Forwarded_For: 6.6.6.6\r\n\
+              Connection: close, X-Forwarded-For, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: 5\r\nTE: trailers\r\n\r\n")
+        .await;
+    let (_, seen) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(seen.starts_with("GET /a//b/../%2e?x=%20&y HTTP/1.1\r\n"), "{seen}");
+    for line in [
+        "x-forwarded-for: 198.51.100.7",
+        "x-forwarded-proto: http",
+        "x-forwarded-host: a.test:8080",
+        "x-forwarded-port: 8443",
+        "forwarded: for=198.51.100.7;host=\"a.test:8080\";proto=http",
+        "via: 1.1 adit",
+        "te: trailers",
+        "host: a.test:8080",
+    ] {
+        assert!(seen.contains(&format!("{line}\r\n")), "{line} in {seen}");
+    }
+    assert!(!seen.contains("6.6.6.6") && !seen.contains("x-hop") && !seen.contains("keep-alive"), "{seen}");
+}
+
+#[tokio::test]
+async fn plain_http_is_redirected_where_the_socket_wants_it() {
+    let world = World::with(
+        HttpSettings { public_https_port: 8443, ..HttpSettings::default() },
+        None,
+        Box::new(|_| panic!("never dialled")),
+    );
+    let answer = world.ask("POST /p?q=%20 HTTP/1.1\r\nHost: S.test:8080\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 308"), "{answer}");
+    assert!(answer.contains("location: https://s.test:8443/p?q=%20\r\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn failures_have_their_own_words_and_forms() {
+    for (error, status, word) in [
+        (Error::NoTunnel, 503, "not connected"),
+        (Error::OriginRefused, 502, "refused"),
+        (Error::TunnelSilent, 504, "does not answer"),
+    ] {
+        let world = World::with(HttpSettings::default(), Some(error), Box::new(|_| ()));
+        let answer = world.ask(&get("a.test", "Connection: close\r\nAccept: text/html\r\n")).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(word), "{answer}");
+        assert_eq!(answer.contains("retry-after: 5"), status == 503);
+        let answer = world.ask(&get("a.test", "Connection: close\r\nAccept: application/json\r\n")).await;
+        assert!(answer.contains(&format!("\"error\":\"{}\"", error.label())), "{answer}");
+        let head = "HEAD / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n";
+        assert!(world.ask(head).await.ends_with("\r\n\r\n"));
+    }
+}
+
+#[tokio::test]
+async fn an_event_arrives_before_the_origin_sends_the_next() {
+    let (next, wait) = mpsc::channel::<&'static str>(1);
+    let wait = Arc::new(tokio::sync::Mutex::new(wait));
+    let world = World::new(HttpSettings::default(), move |mut io| {
+        let wait = Arc::clone(&wait);
+        async move {
+            read_head(&mut io).await;
+            let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: text/event-stream\r\n\r\n";
+            io.write_all(head).await.unwrap();
+            while let Some(event) = wait.lock().await.recv().await {
+                io.write_all(format!("{:x}\r\n{event}\r\n", event.len()).as_bytes()).await.unwrap();
+            }
+            io.write_all(b"0\r\n\r\n").await.unwrap();
+        }
+    });
+    let mut io = world.plain();
+    io.write_all(get("a.test", "").as_bytes()).await.unwrap();
+    assert!(read_head(&mut io).await.contains("transfer-encoding: chunked"));
+    for event in ["data: 1\n\n", "data: 2\n\n", "data: 3\n\n"] {
+        next.send(event).await.unwrap();
+        let chunk = format!("{:X}\r\n{event}\r\n", event.len());
+        assert_eq!(read_until(&mut io, &chunk).await.to_lowercase(), chunk.to_lowercase());
+    }
+    drop(next);
+    assert_eq!(read_until(&mut io, "0\r\n\r\n").await, "0\r\n\r\n");
+    let records = world.records(1).await;
+    assert_eq!((records[0].bytes_down, records[0].error), (27, None));
+    assert!(records[0].first_byte.is_some());
+}
+
+#[tokio::test]
+async fn answers_without_a_body_keep_the_connection() {
+    let world = World::echo(|head| {
+        if head.starts_with("HEAD") {
+            "HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n".into()
+        } else if head.starts_with("GET /304") {
+            "HTTP/1.1 304 Not Modified\r\nETag: \"x\"\r\n\r\n".into()
+        } else if head.starts_with("OPTIONS *") {
+            "HTTP/1.1 204 No Content\r\nAllow: GET\r\n\r\n".into()
+        } else {
+            ok("end")
+        }
+    });
+    let mut io = world.plain();
+    for (line, status, has) in [
+        ("HEAD /", "200", "content-length: 1234"),
+        ("GET /304", "304", "etag"),
+        ("OPTIONS *", "204", "allow: GET"),
+    ] {
+        io.write_all(format!("{line} HTTP/1.1\r\nHost: a.test\r\n\r\n").as_bytes()).await.unwrap();
+        let head = read_head(&mut io).await;
+        assert!(head.starts_with(&format!("HTTP/1.1 {status}")) && head.contains(has), "{head}");
+    }
+    io.write_all(get("a.test", "Connection: close\r\n").as_bytes()).await.unwrap();
+    assert!(read_all(&mut io).await.ends_with("\r\n\r\nend"));
+    assert!(world.records(4).await.iter().all(|v| v.error.is_none()));
+}
+
+#[tokio::test]
+async fn trailers_go_both_ways() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        let mut seen = read_head(&mut io).await;
+        seen += &read_until(&mut io, "x-sum: up\r\n\r\n").await;
+        assert!(seen.contains("trailer: x-sum") && seen.contains("transfer-encoding: chunked"), "{seen}");
+        io.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n2\r\nok\r\n0\r\nX-Sum: down\r\n\r\n")
+            .await
+            .unwrap();
+    });
+    let mut io = world.plain();
+    io.write_all(
+        b"POST / HTTP/1.1\r\nHost: a.test\r\nTE: trailers\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n\
+          2;ext=1\r\nhi\r\n0\r\nX-Sum: up\r\n\r\n",
+    )
+    .await
+    .unwrap();
+    assert!(read_until(&mut io, "x-sum: down\r\n\r\n").await.contains("2\r\nok\r\n0\r\n"));
+
+    let mut h2 = world.h2(h2_plain()).await;
+    let (tx, body) = channel_body();
+    let request = Request::post("http://a.test/").header("trailer", "x-sum").body(body).unwrap();
+    let sent = tokio::spawn(h2.send_request(request));
+    tx.send(Frame::data("hi".into())).await.unwrap();
+    let mut trailers = hyper::HeaderMap::new();
+    trailers.insert("x-sum", "up".parse().unwrap());
+    tx.send(Frame::trailers(trailers)).await.unwrap();
+    drop(tx);
+    let answer = soon(soon(sent).await.unwrap().unwrap().into_body().collect()).await.unwrap();
+    assert_eq!(answer.trailers().unwrap()["x-sum"], "down");
+}
+
+#[tokio::test]
+async fn a_get_with_a_body_of_unknown_length_keeps_it() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        read_head(&mut io).await;
+        let body = read_until(&mut io, "0\r\n\r\n").await;
+        io.write_all(ok(&body).as_bytes()).await.unwrap();
+    });
+    let answer = world
+        .ask("GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
+        .await;
+    assert!(answer.contains("3\r\nabc\r\n0"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_websocket_echoes_both_ways_from_its_first_byte() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        let head = read_head(&mut io).await;
+        assert!(head.contains("connection: upgrade\r\n") && head.contains("upgrade: websocket\r\n"), "{head}");
+        // The first bytes of the new protocol share a packet with the answer.
+        io.write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello ")
+            .await
+            .unwrap();
+        let mut buf = [0; 64];
+        while let Ok(n @ 1..) = io.read(&mut buf).await {
+            io.write_all(&buf[..n]).await.unwrap();
+        }
+    });
+    let mut io = world.plain();
+    let ask = get("a.test", "Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n") + "early ";
+    io.write_all(ask.as_bytes()).await.unwrap();
+    let head = read_head(&mut io).await;
+    assert!(head.starts_with("HTTP/1.1 101") && head.contains("upgrade: websocket"), "{head}");
+    assert_eq!(read_until(&mut io, "early ").await, "hello early ");
+    io.write_all(b"more").await.unwrap();
+    assert_eq!(read_until(&mut io, "more").await, "more");
+    assert!(world.visits.0.lock().is_empty());
+    io.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut io).await, "");
+    let records = world.records(1).await;
+    assert_eq!((records[0].status, records[0].bytes_up, records[0].bytes_down), (Some(101), 10, 16));
+    assert_eq!(records[0].error, None);
+}
+
+#[tokio::test]
+async fn an_upgrade_that_nobody_asked_for_is_refused() {
+    let world =
+        World::echo(|_| "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n".into());
+    let answer = world.ask(&get("a.test", "Connection: close\r\n")).await;
+    assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
+    let h2c = get("a.test", "Connection: close, Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n");
+    assert!(world.ask(&h2c).await.starts_with("HTTP/1.1 502"));
+}
+
+#[tokio::test]
+async fn a_hundred_streams_run_at_once_on_one_connection() {
+    let arrived = Arc::new(tokio::sync::Barrier::new(100));
+    let world = World::new(HttpSettings::default(), move |mut io| {
+        let arrived = Arc::clone(&arrived);
+        async move {
+            let head = read_head(&mut io).await;
+            arrived.wait().await;
+            let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+            io.write_all(ok(&path).as_bytes()).await.unwrap();
+        }
+    });
+    let h2 = world.h2(h2_plain()).await;
+    let asks = (0..100).map(|i| {
+        let mut h2 = h2.clone();
+        tokio::spawn(async move {
+            let request = Request::get(format!("http://a.test/{i}")).body(empty()).unwrap();
+            let body = h2.send_request(request).await.unwrap().into_body().collect().await.unwrap().to_bytes();
+            assert_eq!(body, format!("/{i}"));
+        })
+    });
+    for ask in asks.collect::<Vec<_>>() {
+        soon(ask).await.unwrap();
+    }
+    assert_eq!(world.records(100).await.len(), 100);
+}
+
+#[tokio::test]
+async fn h2_requests_arrive_as_h1_with_one_cookie_line_and_a_length() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        let mut seen = read_head(&mut io).await;
+        if seen.contains("content-length: 5") {
+            seen += &read_until(&mut io, "hello").await;
+        }
+        io.write_all(ok(&seen).as_bytes()).await.unwrap();
+    });
+    let mut h2 = world.h2(tls(Protocol::Http2, "a.test")).await;
+    let request = Request::post("https://A.test:8443/p")
+        .header("cookie", "a=1")
+        .header("cookie", "b=2")
+        .header("content-length", "5")
+        .body(full("hello"))
+        .unwrap();
+    let answer = soon(soon(h2.send_request(request)).await.unwrap().into_body().collect()).await.unwrap().to_bytes();
+    let seen = String::from_utf8_lossy(&answer);
+    for line in ["cookie: a=1; b=2", "host: A.test:8443", "content-length: 5", "x-forwarded-proto: https", "via: 2 adit"] {
+        assert!(seen.contains(&format!("{line}\r\n")), "{line} in {seen}");
+    }
+    assert!(seen.ends_with("hello") && !seen.contains("transfer-encoding"));
+    let request = Request::post("https://a.test/p").body(empty()).unwrap();
+    let answer = soon(soon(h2.send_request(request)).await.unwrap().into_body().collect()).await.unwrap().to_bytes();
+    assert!(String::from_utf8_lossy(&answer).contains("content-length: 0\r\n"));
+    let mut odd = Request::get("https://a.test/").body(empty()).unwrap();
+    odd.headers_mut().insert("host", "b.test".parse().unwrap());
+    assert_eq!(soon(h2.send_request(odd)).await.unwrap().status(), 400);
+}
+
+#[tokio::test]
+async fn a_truncated_answer_never_looks_complete() {
+    for head in ["Content-Length: 10", "Transfer-Encoding: chunked"] {
+        let world = World::echo(move |_| format!("HTTP/1.1 200 OK\r\n{head}\r\n\r\n4\r\nhalf\r\n"));
+        let answer = world.ask(&get("a.test", "")).await;
+        assert!(answer.contains("half") && !answer.ends_with("0\r\n\r\n"), "{answer}");
+        let mut h2 = world.h2(h2_plain()).await;
+        let request = Request::get("http://a.test/").body(empty()).unwrap();
+        let answer = soon(h2.send_request(request)).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert!(soon(answer.into_body().collect()).await.is_err());
+        for record in world.records(2).await {
+            assert_eq!((record.status, record.error), (Some(200), Some(Error::OriginReset)));
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_origin_that_dies_before_its_answer_is_a_502_and_a_silent_one_a_504() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        read_head(&mut io).await;
+    });
+    assert!(world.ask(&get("a.test", "Connection: close\r\n")).await.starts_with("HTTP/1.1 502"));
+    assert_eq!(world.records(1).await[0].error, Some(Error::OriginReset));
+
+    let world = World::echo(|_| "SSH-2.0-OpenSSH_9.2\r\n\r\n".into());
+    assert!(world.ask(&get("a.test", "Connection: close\r\n")).await.starts_with("HTTP/1.1 502"));
+    assert_eq!(world.records(1).await[0].error, Some(Error::OriginProtocol));
+
+    let settings = HttpSettings { first_byte: Duration::from_millis(50), ..HttpSettings::default() };
+    let world = World::new(settings, |mut io| async move {
+        read_head(&mut io).await;
+        std::future::pending::<()>().await;
+    });
+    assert!(world.ask(&get("a.test", "Connection: close\r\n")).await.starts_with("HTTP/1.1 504"));
+    assert_eq!(world.records(1).await[0].error, Some(Error::OriginSilent));
+}
+
+#[tokio::test]
+async fn the_first_byte_deadline_spares_a_slow_upload() {
+    let settings = HttpSettings { first_byte: Duration::from_millis(80), ..HttpSettings::default() };
+    let world = World::new(settings, |mut io| async move {
+        read_head(&mut io).await;
+        read_until(&mut io, "12345").await;
+        io.write_all(ok("got it").as_bytes()).await.unwrap();
+    });
+    let mut io = world.plain();
+    io.write_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\nContent-Length: 5\r\n\r\n").await.unwrap();
+    for byte in b"12345" {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        io.write_all(&[*byte]).await.unwrap();
+    }
+    assert!(read_all(&mut io).await.ends_with("got it"));
+    assert_eq!(world.records(1).await[0].bytes_up, 5);
+}
+
+#[tokio::test]
+async fn the_origin_decides_whether_an_announced_body_is_sent() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        let head = read_head(&mut io).await;
+        assert!(head.contains("expect: 100-continue"), "{head}");
+        if head.starts_with("POST /no") {
+            io.write_all(b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+        } else {
+            io.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.unwrap();
+            let body = read_until(&mut io, "hello").await;
+            io.write_all(ok(&body).as_bytes()).await.unwrap();
+        }
+    });
+    let ask = |path: &str| {
+        format!("POST {path} HTTP/1.1\r\nHost: a.test\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+    };
+    let mut io = world.plain();
+    io.write_all(ask("/no").as_bytes()).await.unwrap();
+    let head = read_head(&mut io).await;
+    assert!(head.starts_with("HTTP/1.1 417"), "{head}");
+    let mut io = world.plain();
+    io.write_all(ask("/yes").as_bytes()).await.unwrap();
+    assert_eq!(read_head(&mut io).await, "HTTP/1.1 100 Continue\r\n\r\n");
+    io.write_all(b"hello").await.unwrap();
+    assert!(read_until(&mut io, "hello").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn an_early_answer_reaches_a_visitor_who_is_still_sending() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        read_head(&mut io).await;
+        io.write_all(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbig!")
+            .await
+            .unwrap();
+    });
+    let mut io = world.plain();
+    io.write_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 10000000\r\n\r\n").await.unwrap();
+    let (mut read, mut write) = tokio::io::split(io);
+    let sender = tokio::spawn(async move { write.write_all(&vec![0; 10_000_000]).await });
+    let mut answer = Vec::new();
+    soon(read.read_to_end(&mut answer)).await.unwrap();
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 413") && answer.ends_with("big!"), "{answer}");
+    // Nobody broke the visitor's sending off before it had the answer.
+    soon(sender).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_visitor_who_leaves_is_counted_and_frees_the_origin() {
+    let (freed, mut was_freed) = mpsc::channel(8);
+    let world = World::new(HttpSettings::default(), move |mut io| {
+        let freed = freed.clone();
+        async move {
+            read_head(&mut io).await;
+            read_until(&mut io, "hello").await;
+            let _ = io.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n").await;
+            let mut rest = Vec::new();
+            let _ = io.read_to_end(&mut rest).await;
+            let _ = freed.send(()).await;
+        }
+    });
+    // HTTP/1: an upload that stays incomplete, then a reset-like end.
+    let mut io = world.plain();
+    io.write_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 100\r\n\r\nhello").await.unwrap();
+    read_until(&mut io, "abc").await;
+    drop(io);
+    soon(was_freed.recv()).await.unwrap();
+    let record = Arc::clone(&world.records(1).await[0]);
+    assert_eq!((record.bytes_up, record.bytes_down, record.error), (5, 3, Some(Error::VisitorGone)));
+
+    // HTTP/2: RST_STREAM, the connection stays.
+    let mut h2 = world.h2(h2_plain()).await;
+    let (tx, body) = channel_body();
+    tx.send(Frame::data("hello".into())).await.unwrap();
+    let answer = soon(h2.send_request(Request::post("http://a.test/").body(body).unwrap())).await.unwrap();
+    let mut body = answer.into_body();
+    assert_eq!(soon(body.frame()).await.unwrap().unwrap().into_data().unwrap(), "abc");
+    drop((body, tx));
+    soon(was_freed.recv()).await.unwrap();
+    let record = Arc::clone(&world.records(2).await[1]);
+    assert_eq!((record.bytes_up, record.bytes_down, record.error), (5, 3, Some(Error::VisitorGone)));
+}
+
+#[tokio::test]
+async fn a_visitor_keeps_the_answer_after_closing_its_side() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        let head = read_head(&mut io).await;
+        if head.starts_with("POST") {
+            read_until(&mut io, "hello").await;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let body = "x".repeat(1 << 20);
+        let _ = io.write_all(ok(&body).as_bytes()).await;
+    });
+    for ask in [get("a.test", ""), "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 5\r\n\r\nhello".into()] {
+        let mut io = world.plain();
+        io.write_all(ask.as_bytes()).await.unwrap();
+        io.shutdown().await.unwrap();
+        let answer = read_all(&mut io).await;
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert_eq!(body.len(), 1 << 20);
+    }
+    assert!(world.records(2).await.iter().all(|v| v.error.is_none()));
+}
+
+#[tokio::test]
+async fn a_ghost_does_not_hold_a_silent_origin() {
+    let settings = HttpSettings { half_closed: Duration::from_millis(50), ..HttpSettings::default() };
+    let (freed, mut was_freed) = mpsc::channel(1);
+    let world = World::new(settings, move |mut io| {
+        let freed = freed.clone();
+        async move {
+            read_head(&mut io).await;
+            let _ = io.read_to_end(&mut Vec::new()).await;
+            let _ = freed.send(()).await;
+        }
+    });
+    let mut io = world.plain();
+    io.write_all(get("a.test", "").as_bytes()).await.unwrap();
+    io.shutdown().await.unwrap();
+    soon(was_freed.recv()).await.unwrap();
+    assert_eq!(world.records(1).await[0].error, Some(Error::VisitorGone));
+}
+
+#[tokio::test]
+async fn slow_heads_and_idle_connections_are_closed() {
+    let settings = HttpSettings {
+        head_deadline: Duration::from_millis(100),
+        idle: Duration::from_millis(300),
+        ..HttpSettings::default()
+    };
+    let world = World::new(settings, |mut io| async move {
+        read_head(&mut io).await;
+        let _ = io.write_all(ok("x").as_bytes()).await;
+    });
+    let closes_within = |mut io: DuplexStream, low: u64, high: u64| async move {
+        let start = std::time::Instant::now();
+        read_all(&mut io).await;
+        let took = start.elapsed().as_millis() as u64;
+        assert!((low..high).contains(&took), "{took} ms");
+    };
+    closes_within(world.plain(), 50, 250).await;
+    let mut io = world.plain();
+    io.write_all(b"GET / HT").await.unwrap();
+    closes_within(io, 50, 250).await;
+    let mut io = world.plain();
+    io.write_all(get("a.test", "").as_bytes()).await.unwrap();
+    read_until(&mut io, "\r\n\r\nx").await;
+    closes_within(io, 200, 800).await;
+    let mut io = world.plain();
+    io.write_all(get("a.test", "").as_bytes()).await.unwrap();
+    read_until(&mut io, "\r\n\r\nx").await;
+    io.write_all(b"G").await.unwrap();
+    closes_within(io, 50, 250).await;
+}
+
+#[tokio::test]
+async fn a_body_that_stops_is_ended_with_the_right_word() {
+    let settings = HttpSettings { body_idle: Duration::from_millis(100), ..HttpSettings::default() };
+    let world = World::new(settings, |mut io| async move {
+        let head = read_head(&mut io).await;
+        let _ = io.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\nabc").await;
+        if head.starts_with("GET /endless") {
+            while io.write_all(&[0; 8192]).await.is_ok() {}
+        }
+        let _ = io.read_to_end(&mut Vec::new()).await;
+    });
+    // The origin stops.
+    assert!(world.ask(&get("a.test", "")).await.ends_with("abc"));
+    let mut h2 = world.h2(h2_plain()).await;
+    let ask = |path: &str| Request::get(format!("http://a.test{path}")).body(empty()).unwrap();
+    let stopped = soon(h2.send_request(ask("/"))).await.unwrap();
+    assert!(soon(stopped.into_body().collect()).await.is_err());
+    assert!(world.records(2).await.iter().all(|v| v.error == Some(Error::OriginSilent)));
+    // The visitor stops.
+    let _held = soon(h2.send_request(ask("/endless"))).await.unwrap();
+    let mut io = world.plain();
+    io.write_all(b"GET /endless HTTP/1.1\r\nHost: a.test\r\n\r\n").await.unwrap();
+    read_head(&mut io).await;
+    assert!(world.records(4).await[2..].iter().all(|v| v.error == Some(Error::VisitorStalled)));
+}
+
+#[tokio::test]
+async fn a_drain_finishes_what_runs_and_a_cut_does_not() {
+    let (go, gone) = tokio::sync::watch::channel(false);
+    let world = World::new(HttpSettings::default(), move |mut io| {
+        let mut gone = gone.clone();
+        async move {
+            read_head(&mut io).await;
+            let _ = gone.wait_for(|go| *go).await;
+            let _ = io.write_all(ok("done").as_bytes()).await;
+        }
+    });
+    let (mut busy, mut idle) = (world.plain(), world.plain());
+    busy.write_all(get("a.test", "").as_bytes()).await.unwrap();
+    let mut h2 = world.h2(h2_plain()).await;
+    let ask = tokio::spawn(h2.send_request(Request::get("http://a.test/").body(empty()).unwrap()));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    world.drain.cancel();
+    assert_eq!(read_all(&mut idle).await, "");
+    go.send_replace(true);
+    let answer = read_all(&mut busy).await;
+    assert!(answer.contains("connection: close") && answer.ends_with("done"), "{answer}");
+    let answer: Response<_> = soon(ask).await.unwrap().unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    assert_eq!(soon(answer.into_body().collect()).await.unwrap().to_bytes(), "done");
+
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        let _ = io.read_to_end(&mut Vec::new()).await;
+    });
+    let mut io = world.plain();
+    io.write_all(get("a.test", "").as_bytes()).await.unwrap();
+    let mut h2 = world.h2(h2_plain()).await;
+    let ask = tokio::spawn(h2.send_request(Request::get("http://a.test/").body(empty()).unwrap()));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    world.cut.cancel();
+    assert_eq!(read_all(&mut io).await, "");
+    assert!(soon(ask).await.unwrap().is_err());
+    assert!(world.records(2).await.iter().all(|v| v.error == Some(Error::Draining)));
+}
