@@ -12,6 +12,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use crate::dial::DialSettings;
 use crate::drain::DrainSettings;
 use crate::fields::{Fields, Mistake};
+use crate::http::HttpSettings;
 use crate::ingress::IngressSettings;
 use crate::ingress::hello::HelloSettings;
 use crate::ingress::listener::TcpSettings;
@@ -32,6 +33,8 @@ pub struct Config {
     pub hello: HelloSettings,
     /// `[tcp]`: every accepted and dialled TCP connection.
     pub tcp: TcpSettings,
+    /// `[http]`: requests and answers.
+    pub http: HttpSettings,
     /// `[relay]`: raw bytes both ways.
     pub relay: RelaySettings,
     /// `[tls]`: certificates and handshakes.
@@ -56,6 +59,7 @@ impl Config {
             ingress: section(f, "ingress", IngressSettings::read),
             hello: section(f, "hello", HelloSettings::read),
             tcp: section(f, "tcp", TcpSettings::read),
+            http: section(f, "http", HttpSettings::read),
             relay: section(f, "relay", RelaySettings::read),
             tls: section(f, "tls", tls::Settings::read),
             ssh: section(f, "ssh", tunnel::SshSettings::read),
@@ -286,11 +290,6 @@ impl ControlSettings {
     fn read(f: &mut Fields) -> Self {
         Self { listen: f.take("listen", vec![SocketAddr::from(([127, 0, 0, 1], 9090))]) }
     }
-}
-
-/// `port` on every address of both families.
-fn any(port: u16) -> Vec<SocketAddr> {
-    vec![SocketAddr::from(([0u16; 8], port))]
 }
 
 /// Whether a listener on one of these takes (some of) the other's connections.

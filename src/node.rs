@@ -7,7 +7,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::dial::Dialer;
 use crate::drain::{DrainSettings, Stages};
 use crate::feed::records::Records;
-use crate::http::Http;
+use crate::http::{Http, HttpSettings};
 use crate::ingress::{self, Door, Ingress, Ports, listener};
 use crate::metrics::Exporter;
 use crate::routes::Routes;
@@ -133,7 +133,8 @@ pub async fn run(config: Config) -> Result<(), Failure> {
 
     // Visitors and their path.
     let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));
-    let http = Arc::new(Http::new(Arc::clone(&routes), Arc::clone(&dialer)).map_err(Failure::Start)?);
+    let http = HttpSettings { public_https_port: urls.https_port.unwrap_or(443), ..config.http.clone() };
+    let http = Http::new(Arc::clone(&routes), Arc::clone(&dialer), http, stages.visitors.clone());
     let parts = ingress::Parts {
         routes: Arc::clone(&routes),
         tls: Arc::clone(&certificates),
@@ -142,7 +143,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         owners,
         owner_tasks: owner_tasks.clone(),
         stages: stages.clone(),
-        hello: config.hello.clone(),
+        hello: config.hello,
         relay: config.relay.clone(),
         tcp: config.tcp.clone(),
         exempt_loopback: config.node.exempt_loopback,

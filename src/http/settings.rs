@@ -74,7 +74,8 @@ pub struct HttpSettings {
     /// PEM file of further CAs that https origins are verified against, beside
     /// the system's. None by default.
     pub origin_ca_file: Option<PathBuf>,
-    /// The port that redirects to HTTPS name; left out of the URL where 443.
+    /// The port that redirects to HTTPS name, left out of the URL where 443: no
+    /// key of its own, but what `[node]` and the listeners say.
     pub public_https_port: u16,
 }
 
@@ -131,7 +132,7 @@ impl HttpSettings {
             h2_resets_pending: f.take("h2_resets_pending", d.h2_resets_pending),
             h2_resets_local: f.take("h2_resets_local", d.h2_resets_local),
             origin_ca_file: f.optional("origin_ca_file"),
-            public_https_port: f.take("public_https_port", d.public_https_port),
+            public_https_port: d.public_https_port,
         };
         read.check(f);
         read
@@ -158,7 +159,6 @@ impl HttpSettings {
         count("h2_streams", self.h2_streams as usize, 1, 65_536);
         count("h2_resets_pending", self.h2_resets_pending, 1, 65_536);
         count("h2_resets_local", self.h2_resets_local, 1, 65_536);
-        count("public_https_port", usize::from(self.public_https_port), 1, 65_535);
         for (key, wait) in [
             ("head_deadline", self.head_deadline),
             ("idle", self.idle),

@@ -8,8 +8,9 @@ use tokio::net::TcpStream;
 
 use super::hello::{self, Hello};
 use super::{Door, Ingress};
+use crate::drain::Stages;
 use crate::error::Error;
-use crate::http::Via;
+use crate::http::{Protocol, Tls, Via};
 use crate::model::{SocketType, Visitor};
 use crate::relay::relay;
 use crate::routes::Route;
@@ -67,19 +68,28 @@ impl Ingress {
                     return Ok(());
                 }
                 let tls = self.parts.tls.accept(stream, Purpose::Http).await?;
-                let via = Via::Tls { sni: tls.sni, h2: tls.h2, certificate: tls.certificate };
-                self.parts.http.serve(tls.stream, visitor, via, &self.parts.stages).await;
+                let certificate = tls.certificate;
+                let covers = Arc::new(move |host: &str| certificate.covers(host));
+                let protocol = if tls.h2 { Protocol::Http2 } else { Protocol::Http1 };
+                let via = Via { protocol, tls: Some(Tls { sni: tls.sni, covers }) };
+                self.http(tls.stream, visitor, via).await;
             }
             (Door::Http, Hello::Http1) => {
-                self.parts.http.serve(Stream::tcp(tcp).with_head(head), visitor, Via::Plain1, &self.parts.stages).await;
+                self.http(Stream::tcp(tcp).with_head(head), visitor, Via { protocol: Protocol::Http1, tls: None }).await;
             }
             (Door::Http, Hello::Http2) => {
-                self.parts.http.serve(Stream::tcp(tcp).with_head(head), visitor, Via::Plain2, &self.parts.stages).await;
+                self.http(Stream::tcp(tcp).with_head(head), visitor, Via { protocol: Protocol::Http2, tls: None }).await;
             }
             (Door::Https, Hello::Ssh) => self.owner(tcp, head, visitor.addr),
             _ => return Err(Error::HelloUnknown),
         }
         Ok(())
+    }
+
+    /// Requests, each routed by its own name.
+    async fn http(&self, stream: Stream, visitor: Visitor, via: Via) {
+        let Stages { close, cut, .. } = &self.parts.stages;
+        self.parts.http.serve(stream, visitor, via, close, cut).await;
     }
 
     /// Bytes as they are, between a visitor and the nearest live tunnel.
