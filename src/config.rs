@@ -11,6 +11,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::dial::DialSettings;
 use crate::drain::DrainSettings;
+use crate::feed::store::StoreSettings;
 use crate::fields::{Fields, Mistake};
 use crate::http::HttpSettings;
 use crate::ingress::IngressSettings;
@@ -41,6 +42,8 @@ pub struct Config {
     pub tls: tls::Settings,
     /// `[ssh]`: where tunnel clients arrive.
     pub ssh: tunnel::SshSettings,
+    /// `[store]`: the embedded store.
+    pub store: StoreSettings,
     /// `[dial]`: the way to an origin.
     pub dial: DialSettings,
     /// `[drain]`: the stepwise shutdown.
@@ -63,6 +66,7 @@ impl Config {
             relay: section(f, "relay", RelaySettings::read),
             tls: section(f, "tls", tls::Settings::read),
             ssh: section(f, "ssh", tunnel::SshSettings::read),
+            store: section(f, "store", StoreSettings::read),
             dial: section(f, "dial", DialSettings::read),
             drain: section(f, "drain", DrainSettings::read),
             control: section(f, "control", ControlSettings::read),

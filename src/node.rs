@@ -18,7 +18,10 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::dial::Dialer;
 use crate::drain::{DrainSettings, Stages};
+use crate::feed::Feed;
+use crate::feed::follower::Follower;
 use crate::feed::records::Records;
+use crate::feed::store::Store;
 use crate::http::{Http, HttpSettings};
 use crate::ingress::{self, Door, Ingress, Ports, listener};
 use crate::metrics::Exporter;
@@ -106,9 +109,14 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let certificates = Arc::new(Certificates::new(&config.tls).map_err(Failure::Start)?);
     let made = made_up_tls(&config, &state, &certificates)?;
     certificates.reload(&config.tls).map_err(Failure::Start)?;
+    let store = Store::open(&state.file("store.db"), config.store.clone()).map_err(Failure::Start)?;
+    let feed: Arc<dyn Feed> = Arc::clone(&store) as _;
     let routes = Arc::new(Routes::default());
-    let (rev, applied) = tokio::sync::watch::channel(0);
-    let records = Arc::new(Records { routes: Arc::clone(&routes), rev });
+    let domain = config.node.domain.as_ref().map(ToString::to_string);
+    let records = Arc::new(Records::new(Arc::clone(&feed), config.ingress.ports, domain));
+    let follower =
+        Follower::start(Arc::clone(&feed), Arc::clone(&routes), Arc::clone(&certificates), &tasks, stop.clone());
+    follower.wait_live(START_DEADLINE).await.map_err(Failure::Start)?;
 
     // A taken port ends the start before anything is served.
     let listeners = Listeners::bind(&config)?;
@@ -122,7 +130,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let parts = tunnel::Parts {
         routes: Arc::clone(&routes),
         records: Arc::clone(&records),
-        applied: applied.clone(),
+        applied: follower.applied(),
         urls: urls.clone(),
         name_key: state.name_key()?,
         tasks: owner_tasks.clone(),
@@ -151,7 +159,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let ingress = Ingress::new(config.ingress.clone(), parts);
     let ports = Arc::new(Ports::default());
     let closed = stages.close.clone();
-    tasks.spawn(Arc::clone(&ports).follow(Arc::clone(&ingress), applied.clone(), tasks.clone(), closed.clone()));
+    tasks.spawn(Arc::clone(&ports).follow(Arc::clone(&ingress), follower.applied(), tasks.clone(), closed.clone()));
 
     // The operator.
     let ready = Arc::new(AtomicBool::new(false));
@@ -195,6 +203,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     stop.cancel();
     tasks.close();
     let _ = tokio::time::timeout(Duration::from_secs(2), tasks.wait()).await;
+    store.close().await;
     state.forget_listening();
     tracing::info!("ended");
     Ok(())

@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
+mod certificate;
+pub mod follower;
 pub mod records;
+pub mod store;
 
 /// A life of the feed's data; revisions compare only within one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -130,8 +130,7 @@ impl<D: Dial> Http<D> {
         let http = Arc::clone(self);
         let at = Arc::clone(&connection);
         let service = service_fn(move |request: Request<Incoming>| {
-            let record =
-                Record::begin(&at.pulse, at.visitor, request.method().clone(), request.uri().clone());
+            let record = Record::begin(&at.pulse, at.visitor, request.method().clone(), request.uri().clone());
             let (http, at) = (Arc::clone(&http), Arc::clone(&at));
             async move { Ok::<_, Infallible>(http.request(&at, request, record).await) }
         });

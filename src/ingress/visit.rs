@@ -75,10 +75,12 @@ impl Ingress {
                 self.http(tls.stream, visitor, via).await;
             }
             (Door::Http, Hello::Http1) => {
-                self.http(Stream::tcp(tcp).with_head(head), visitor, Via { protocol: Protocol::Http1, tls: None }).await;
+                self.http(Stream::tcp(tcp).with_head(head), visitor, Via { protocol: Protocol::Http1, tls: None })
+                    .await;
             }
             (Door::Http, Hello::Http2) => {
-                self.http(Stream::tcp(tcp).with_head(head), visitor, Via { protocol: Protocol::Http2, tls: None }).await;
+                self.http(Stream::tcp(tcp).with_head(head), visitor, Via { protocol: Protocol::Http2, tls: None })
+                    .await;
             }
             (Door::Https, Hello::Ssh) => self.owner(tcp, head, visitor.addr),
             _ => return Err(Error::HelloUnknown),

@@ -243,7 +243,7 @@ impl Tunnels {
                 self.routes.tunnel(&id).ok_or_else(|| format!("{label} was removed again"))
             }
             // Somebody was faster, perhaps this very key in another session.
-            Err(RecordError::Conflict { .. }) => match self.socket_named(label) {
+            Err(RecordError::Taken { .. }) => match self.socket_named(label) {
                 Some(route) => self.of_socket(session, login, &route, None),
                 None => Err(format!("{label} is taken; choose another name")),
             },
