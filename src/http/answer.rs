@@ -185,7 +185,8 @@ fn liking(headers: &HeaderMap, kind: &str, sub: &str) -> (u16, u8) {
             (k, s) if matches(k, kind) && (matches(s, sub) || (sub == "json" && matches(s, "problem+json"))) => 3,
             _ => continue,
         };
-        let weight = parts.find_map(|p| p.strip_prefix("q=").or_else(|| p.strip_prefix("Q="))).map_or(1000, thousandths);
+        let weight =
+            parts.find_map(|p| p.strip_prefix("q=").or_else(|| p.strip_prefix("Q="))).map_or(1000, thousandths);
         if specific > best.0 {
             best = (specific, weight);
         }

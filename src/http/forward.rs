@@ -110,8 +110,8 @@ impl<D: Dial> Http<D> {
         if route.socket.redirect_https && connection.via.tls.is_none() {
             return Ok(answer::redirect(asker, &host, self.settings.public_https_port, &target.to_string()).into());
         }
-        let wanted = headers::wanted_upgrade(parts.version, &parts.method, &parts.headers)
-            .filter(|_| upload.is_end_stream());
+        let wanted =
+            headers::wanted_upgrade(parts.version, &parts.method, &parts.headers).filter(|_| upload.is_end_stream());
         let visitor_side = wanted.is_some().then(|| parts.extensions.remove::<OnUpgrade>()).flatten();
         headers::rewrite_request(
             &mut parts.headers,

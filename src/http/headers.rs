@@ -469,8 +469,11 @@ mod tests {
                 chunked: false,
             },
         );
-        let mut left: Vec<String> =
-            headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap())).filter(|l| !l.starts_with("x-request-id")).collect();
+        let mut left: Vec<String> = headers
+            .iter()
+            .map(|(n, v)| format!("{n}: {}", v.to_str().unwrap()))
+            .filter(|l| !l.starts_with("x-request-id"))
+            .collect();
         left.sort();
         assert_eq!(
             left,

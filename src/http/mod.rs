@@ -130,8 +130,7 @@ impl<D: Dial> Http<D> {
         let http = Arc::clone(self);
         let at = Arc::clone(&connection);
         let service = service_fn(move |request: Request<Incoming>| {
-            let record =
-                Record::begin(&at.pulse, at.visitor, request.method().clone(), request.uri().clone());
+            let record = Record::begin(&at.pulse, at.visitor, request.method().clone(), request.uri().clone());
             let (http, at) = (Arc::clone(&http), Arc::clone(&at));
             async move { Ok::<_, Infallible>(http.request(&at, request, record).await) }
         });
@@ -271,11 +270,16 @@ where
         let (body_idle, cut) = (self.body_idle, self.cut.clone());
         self.tracker.spawn(async move {
             let Some(tally) = tally else { return stream.await };
+            let cut = async {
+                cut.cancelled().await;
+                tally.fail(Error::Draining);
+            };
+            // The reason is noted before the stream is dropped, which resets it.
             tokio::select! {
+                biased;
+                () = cut => {}
                 () = stream => {}
-                // Dropped, it resets its stream.
                 () = tally.stall(body_idle) => {}
-                () = cut.cancelled() => tally.fail(Error::Draining),
             }
         });
     }

@@ -72,11 +72,8 @@ impl OriginTls {
             self.unverified
                 .get_or_try_init(|| async {
                     let verifier = Arc::new(AnyCertificate(Arc::clone(&self.provider)));
-                    let config = self
-                        .builder()?
-                        .dangerous()
-                        .with_custom_certificate_verifier(verifier)
-                        .with_no_client_auth();
+                    let config =
+                        self.builder()?.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
                     Ok(connector(config))
                 })
                 .await

@@ -122,7 +122,11 @@ impl AsyncRead for Side<'_> {
         let before = buf.filled().len();
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
         let bytes = buf.filled().len() - before;
-        if self.up { self.tally.sent_up(bytes) } else { self.tally.sent_down(bytes) }
+        if self.up {
+            self.tally.sent_up(bytes)
+        } else {
+            self.tally.sent_down(bytes)
+        }
         Poll::Ready(self.noted(read))
     }
 }
