@@ -6,6 +6,7 @@
 mod answer;
 mod body;
 mod forward;
+pub mod framing;
 pub mod headers;
 mod io;
 mod origin_tls;
@@ -124,7 +125,7 @@ impl<D: Dial> Http<D> {
     ) {
         let protocol = via.protocol;
         let pulse = Arc::new(Pulse::new(protocol == Protocol::Http1));
-        let io = VisitorIo::new(stream, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
+        let io = VisitorIo::new(stream, protocol, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
         let io = TokioIo::new(io);
         let connection = Arc::new(Connection { visitor, via, pulse });
         let http = Arc::clone(self);
