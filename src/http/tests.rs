@@ -849,3 +849,173 @@ async fn a_drain_finishes_what_runs_and_a_cut_does_not() {
     assert!(soon(ask).await.unwrap().is_err());
     assert!(world.records(2).await.iter().all(|v| v.error == Some(Error::Draining)));
 }
+
+/// An https world: the origin presents a certificate for `inner.test` by a CA
+/// of its own. Gives the CA's PEM file, which lives as long as the folder.
+fn https(settings: HttpSettings, verify: bool, trusted: bool) -> (World, tempfile::TempDir) {
+    let ca_key = rcgen::KeyPair::generate().unwrap();
+    let mut ca = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let ca_cert = ca.self_signed(&ca_key).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let params = rcgen::CertificateParams::new(vec!["inner.test".to_owned()]).unwrap();
+    let leaf = params.signed_by(&key, &rcgen::Issuer::new(ca, ca_key)).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![leaf.der().clone()], key.serialize_der().try_into().unwrap())
+        .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("ca.pem");
+    std::fs::write(&file, ca_cert.pem()).unwrap();
+    let settings = HttpSettings { origin_ca_file: trusted.then_some(file), ..settings };
+    let world = World::new(settings, move |io| {
+        let acceptor = acceptor.clone();
+        async move {
+            let Ok(mut tls) = acceptor.accept(io).await else { return };
+            let mut seen = vec![0; 16 << 10];
+            let n = tls.read(&mut seen).await.unwrap();
+            let about = format!(
+                "{} {} {}",
+                tls.get_ref().1.server_name().unwrap_or("none"),
+                String::from_utf8_lossy(tls.get_ref().1.alpn_protocol().unwrap_or_default()),
+                String::from_utf8_lossy(&seen[..n]).lines().find(|l| l.starts_with("host:")).unwrap_or_default(),
+            );
+            tls.write_all(ok(&about).as_bytes()).await.unwrap();
+            tls.shutdown().await.unwrap();
+        }
+    });
+    let mut socket = socket("tls", SocketType::Https, "tls.test");
+    socket.upstream.tls = crate::model::UpstreamTls { server_name: Some("inner.test".parse().unwrap()), verify };
+    world.http.routes.put_socket(socket);
+    (world, folder)
+}
+
+#[tokio::test]
+async fn an_https_origin_is_verified_unless_its_socket_says_otherwise() {
+    let ask = get("tls.test", "Connection: close\r\n");
+    for (verify, trusted, good) in [(true, true, true), (true, false, false), (false, false, true)] {
+        let (world, _folder) = https(HttpSettings::default(), verify, trusted);
+        let answer = world.ask(&ask).await;
+        if good {
+            assert!(answer.ends_with("inner.test http/1.1 host: tls.test"), "{answer}");
+        } else {
+            assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
+            assert_eq!(world.records(1).await[0].error, Some(Error::OriginTls));
+        }
+    }
+    // The name must match even under a trusted CA.
+    let (world, _folder) = https(HttpSettings::default(), true, true);
+    let mut other = socket("tls", SocketType::Https, "tls.test");
+    other.upstream.host = Some("other.test".into());
+    world.http.routes.put_socket(other);
+    assert!(world.ask(&ask).await.starts_with("HTTP/1.1 502"));
+    // An origin that says nothing.
+    let settings = HttpSettings { origin_tls: Duration::from_millis(50), ..HttpSettings::default() };
+    let world = World::new(settings, |io| async move {
+        let _io = io;
+        std::future::pending::<()>().await;
+    });
+    world.http.routes.put_socket(socket("tls", SocketType::Https, "tls.test"));
+    assert!(world.ask(&ask).await.starts_with("HTTP/1.1 502"));
+    assert_eq!(world.records(1).await[0].error, Some(Error::OriginTls));
+}
+
+#[tokio::test]
+async fn large_bodies_pass_both_ways_byte_exact() {
+    const SIZE: usize = 20 << 20;
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        let head = read_head(&mut io).await;
+        assert!(head.contains(&format!("content-length: {SIZE}")));
+        io.write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {SIZE}\r\n\r\n").as_bytes()).await.unwrap();
+        let (mut read, mut write) = tokio::io::split(io);
+        tokio::io::copy(&mut (&mut read).take(SIZE as u64), &mut write).await.unwrap();
+    });
+    let sent: Bytes = (0..SIZE).map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8).collect();
+    let head = format!("POST / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\nContent-Length: {SIZE}\r\n\r\n");
+    let (mut read, mut write) = tokio::io::split(world.plain());
+    let body = sent.clone();
+    let sender = tokio::spawn(async move {
+        write.write_all(head.as_bytes()).await.unwrap();
+        write.write_all(&body).await.unwrap();
+    });
+    let mut got = Vec::new();
+    tokio::time::timeout(4 * SOON, read.read_to_end(&mut got)).await.unwrap().unwrap();
+    sender.await.unwrap();
+    assert!(got.ends_with(&sent));
+
+    let mut h2 = world.h2(h2_plain()).await;
+    let body = Full::new(sent.clone()).map_err(|e| match e {}).boxed();
+    let request = Request::post("http://a.test/").header("content-length", SIZE).body(body).unwrap();
+    let answer = soon(h2.send_request(request)).await.unwrap();
+    let got = tokio::time::timeout(4 * SOON, answer.into_body().collect()).await.unwrap().unwrap().to_bytes();
+    assert!(got == sent);
+    for record in world.records(2).await {
+        assert_eq!((record.bytes_up, record.bytes_down, record.error), (SIZE as u64, SIZE as u64, None));
+    }
+}
+
+/// Serves one visitor over real TCP, where ends and resets differ.
+async fn over_tcp(world: &World) -> tokio::net::TcpStream {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (far, addr) = listener.accept().await.unwrap();
+    let (http, drain, cut) = (Arc::clone(&world.http), world.drain.clone(), world.cut.clone());
+    let visitor = Visitor::new(addr, listener.local_addr().unwrap());
+    let via = Via { protocol: Protocol::Http1, tls: None };
+    tokio::spawn(async move { http.serve(Stream::tcp(far), visitor, via, &drain, &cut).await });
+    near
+}
+
+#[tokio::test]
+async fn an_unframed_answer_that_broke_off_ends_with_a_reset() {
+    let world = World::echo(|_| "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n".into());
+    let mut io = over_tcp(&world).await;
+    io.write_all(b"GET / HTTP/1.0\r\nHost: a.test\r\n\r\n").await.unwrap();
+    let end = soon(io.read_to_end(&mut Vec::new())).await;
+    assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn an_early_answer_survives_an_upload_that_nobody_reads() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        read_head(&mut io).await;
+        let _ = io.write_all(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 4\r\n\r\nbig!").await;
+    });
+    let mut io = over_tcp(&world).await;
+    io.write_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 4000000\r\n\r\n").await.unwrap();
+    for _ in 0..40 {
+        io.write_all(&[0; 100_000]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let mut answer = Vec::new();
+    soon(io.read_to_end(&mut answer)).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 413") && answer.ends_with(b"big!"));
+}
+
+#[tokio::test]
+async fn a_chunk_that_lies_ends_the_request_on_both_sides() {
+    let (seen, mut was_seen) = mpsc::channel(1);
+    let world = World::new(HttpSettings::default(), move |mut io| {
+        let seen = seen.clone();
+        async move {
+            let mut all = Vec::new();
+            let _ = io.read_to_end(&mut all).await;
+            let _ = seen.send(String::from_utf8_lossy(&all).into_owned()).await;
+        }
+    });
+    let mut io = world.plain();
+    let head = "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n";
+    io.write_all(format!("{head}1\r\na\r\n").as_bytes()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    io.write_all(b"1\nb\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: b.test\r\n\r\n").await.unwrap();
+    let _ = read_all(&mut io).await;
+    let seen = soon(was_seen.recv()).await.unwrap();
+    assert!(!seen.ends_with("0\r\n\r\n") && !seen.contains("smuggled"), "{seen}");
+    assert_eq!(world.records(1).await.len(), 1);
+}
