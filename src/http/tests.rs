@@ -1,9 +1,6 @@
 //! Promises of the HTTP path, kept over in-memory streams: the visitor's side
 //! is raw bytes or a hyper client, the origin's a task of the test.
 
-use std::sync::Arc;
-use std::time::Duration;
-
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use hyper::body::Frame;
@@ -15,9 +12,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::dial::Dialed;
 use crate::model::{Socket, SocketType};
-use crate::visit_log::{Sink, Visit};
+use crate::visit_log::Sink;
 
 /// How long a test waits for what must happen.
 const SOON: Duration = Duration::from_secs(5);
@@ -613,7 +609,7 @@ async fn an_origin_that_dies_before_its_answer_is_a_502_and_a_silent_one_a_504()
 
 #[tokio::test]
 async fn the_first_byte_deadline_spares_a_slow_upload() {
-    let settings = HttpSettings { first_byte: Duration::from_millis(80), ..HttpSettings::default() };
+    let settings = HttpSettings { first_byte: Duration::from_millis(150), ..HttpSettings::default() };
     let world = World::new(settings, |mut io| async move {
         read_head(&mut io).await;
         read_until(&mut io, "12345").await;
@@ -622,7 +618,7 @@ async fn the_first_byte_deadline_spares_a_slow_upload() {
     let mut io = world.plain();
     io.write_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\nContent-Length: 5\r\n\r\n").await.unwrap();
     for byte in b"12345" {
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
         io.write_all(&[*byte]).await.unwrap();
     }
     assert!(read_all(&mut io).await.ends_with("got it"));
@@ -731,7 +727,11 @@ async fn a_visitor_keeps_the_answer_after_closing_its_side() {
         let (_, body) = answer.split_once("\r\n\r\n").unwrap();
         assert_eq!(body.len(), 1 << 20);
     }
-    assert!(world.records(2).await.iter().all(|v| v.error.is_none()));
+    let mut io = world.plain();
+    io.write_all((get("a.test", "") + &get("b.test", "")).as_bytes()).await.unwrap();
+    io.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut io).await.matches("HTTP/1.1 200 OK").count(), 2);
+    assert!(world.records(4).await.iter().all(|v| v.error.is_none()));
 }
 
 #[tokio::test]
@@ -757,7 +757,7 @@ async fn a_ghost_does_not_hold_a_silent_origin() {
 async fn slow_heads_and_idle_connections_are_closed() {
     let settings = HttpSettings {
         head_deadline: Duration::from_millis(100),
-        idle: Duration::from_millis(300),
+        idle: Duration::from_millis(1000),
         ..HttpSettings::default()
     };
     let world = World::new(settings, |mut io| async move {
@@ -770,24 +770,24 @@ async fn slow_heads_and_idle_connections_are_closed() {
         let took = start.elapsed().as_millis() as u64;
         assert!((low..high).contains(&took), "{took} ms");
     };
-    closes_within(world.plain(), 50, 250).await;
+    closes_within(world.plain(), 50, 800).await;
     let mut io = world.plain();
     io.write_all(b"GET / HT").await.unwrap();
-    closes_within(io, 50, 250).await;
+    closes_within(io, 50, 800).await;
     let mut io = world.plain();
     io.write_all(get("a.test", "").as_bytes()).await.unwrap();
     read_until(&mut io, "\r\n\r\nx").await;
-    closes_within(io, 200, 800).await;
+    closes_within(io, 800, 4000).await;
     let mut io = world.plain();
     io.write_all(get("a.test", "").as_bytes()).await.unwrap();
     read_until(&mut io, "\r\n\r\nx").await;
     io.write_all(b"G").await.unwrap();
-    closes_within(io, 50, 250).await;
+    closes_within(io, 50, 800).await;
 }
 
 #[tokio::test]
 async fn a_body_that_stops_is_ended_with_the_right_word() {
-    let settings = HttpSettings { body_idle: Duration::from_millis(100), ..HttpSettings::default() };
+    let settings = HttpSettings { body_idle: Duration::from_millis(300), ..HttpSettings::default() };
     let world = World::new(settings, |mut io| async move {
         let head = read_head(&mut io).await;
         let _ = io.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\nabc").await;
