@@ -13,6 +13,8 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio_util::task::TaskTracker;
 
+use super::Protocol;
+use super::framing::Framing;
 use super::pulse::Pulse;
 use crate::stream::{Duplex, Stream};
 
@@ -24,6 +26,8 @@ const LINGER_MAX: usize = 64 << 20;
 pub(super) struct VisitorIo {
     /// Absent once taken out.
     stream: Option<Stream>,
+    /// Guards what is read, where it is HTTP/1.
+    framing: Option<Framing>,
     pulse: Arc<Pulse>,
     tracker: TaskTracker,
     linger: Duration,
@@ -34,8 +38,15 @@ pub(super) struct VisitorIo {
 }
 
 impl VisitorIo {
-    pub(super) fn new(stream: Stream, pulse: Arc<Pulse>, tracker: TaskTracker, linger: Duration) -> Self {
-        Self { stream: Some(stream), pulse, tracker, linger, shut: false, ended: false }
+    pub(super) fn new(
+        stream: Stream,
+        protocol: Protocol,
+        pulse: Arc<Pulse>,
+        tracker: TaskTracker,
+        linger: Duration,
+    ) -> Self {
+        let framing = (protocol == Protocol::Http1).then(Framing::default);
+        Self { stream: Some(stream), framing, pulse, tracker, linger, shut: false, ended: false }
     }
 
     /// The bare stream, with what hyper had read too far put back.
@@ -70,8 +81,17 @@ impl AsyncRead for VisitorIo {
             self.ended = true;
             return Poll::Ready(Err(error));
         }
-        if buf.filled().len() > before {
+        if let Some(read) = buf.filled_mut().get_mut(before..).filter(|read| !read.is_empty()) {
             self.pulse.received();
+            if let Some(framing) = &mut self.framing
+                && let Err(at) = framing.read(read)
+            {
+                // A NUL is good nowhere: hyper refuses the head (with a 400) or the
+                // chunk that it is in, in place of what it would have made of it.
+                if let Some(unclear) = read.get_mut(at) {
+                    *unclear = 0;
+                }
+            }
         } else {
             self.ended = true;
             if self.pulse.hold_eof(cx.waker()) {

@@ -6,6 +6,7 @@
 mod answer;
 mod body;
 mod forward;
+pub mod framing;
 pub mod headers;
 mod io;
 mod origin_tls;
@@ -22,6 +23,7 @@ use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::{Duration, SystemTime};
 
 use hyper::Request;
 use hyper::body::Incoming;
@@ -43,6 +45,7 @@ use crate::error::Error;
 use crate::model::{HostName, Visitor};
 use crate::routes::{Route, Routes};
 use crate::stream::Stream;
+use crate::visit_log::{self, Visit, What};
 
 /// Finds a way to a socket's origin.
 pub trait Dial: Send + Sync + 'static {
@@ -99,6 +102,27 @@ struct Connection {
     pulse: Arc<Pulse>,
 }
 
+impl Connection {
+    /// Tells of a head that never became a request: hyper answered it by a bare
+    /// status, or nothing did.
+    fn refused(&self, error: Error) {
+        let visit = Visit {
+            at: SystemTime::now(),
+            visitor: self.visitor.addr,
+            socket: None,
+            tunnel: None,
+            what: What::Connection("http"),
+            status: (error != Error::HelloTimeout).then(|| error.status()),
+            bytes_up: 0,
+            bytes_down: 0,
+            first_byte: None,
+            total: Duration::ZERO,
+            error: Some(error),
+        };
+        visit_log::record(visit, None);
+    }
+}
+
 impl<D: Dial> Http<D> {
     /// The HTTP path over these routes. Tasks (HTTP/2 streams, connections to
     /// origins) are spawned on `tracker`.
@@ -124,9 +148,11 @@ impl<D: Dial> Http<D> {
     ) {
         let protocol = via.protocol;
         let pulse = Arc::new(Pulse::new(protocol == Protocol::Http1));
-        let io = VisitorIo::new(stream, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
+        let io = VisitorIo::new(stream, protocol, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
         let io = TokioIo::new(io);
         let connection = Arc::new(Connection { visitor, via, pulse });
+        // Children, because polling a token locks it: connections must not meet at one lock.
+        let (drain, cut) = (drain.child_token(), cut.child_token());
         let http = Arc::clone(self);
         let at = Arc::clone(&connection);
         let service = service_fn(move |request: Request<Incoming>| {
@@ -134,20 +160,19 @@ impl<D: Dial> Http<D> {
             let (http, at) = (Arc::clone(&http), Arc::clone(&at));
             async move { Ok::<_, Infallible>(http.request(&at, request, record).await) }
         });
-        let pulse = &connection.pulse;
         // Boxed: the state of a hyper connection is large, and one visit in many is HTTP.
         match protocol {
             Protocol::Http1 => {
                 let hyper = Box::pin(self.http1().serve_connection(io, service).with_upgrades());
-                self.drive(hyper, |c| c.graceful_shutdown(), pulse, drain, cut).await;
+                self.drive(hyper, |c| c.graceful_shutdown(), &connection, &drain, &cut).await;
             }
             Protocol::Http2 => {
-                let hyper = Box::pin(self.http2(pulse, cut).serve_connection(io, service));
-                self.drive(hyper, |c| c.graceful_shutdown(), pulse, drain, cut).await;
+                let hyper = Box::pin(self.http2(&connection.pulse, &cut).serve_connection(io, service));
+                self.drive(hyper, |c| c.graceful_shutdown(), &connection, &drain, &cut).await;
             }
         }
         if let Some(upgrade) = connection.pulse.take_upgrade() {
-            upgrade.run(&self.settings, cut).await;
+            upgrade.run(&self.settings, &cut).await;
         }
     }
 
@@ -196,12 +221,13 @@ impl<D: Dial> Http<D> {
         &self,
         mut hyper: Pin<Box<C>>,
         close: impl Fn(Pin<&mut C>),
-        pulse: &Pulse,
+        connection: &Connection,
         drain: &CancellationToken,
         cut: &CancellationToken,
     ) where
         C: Future<Output = hyper::Result<()>>,
     {
+        let pulse = &connection.pulse;
         let mut closing = false;
         let (at, _) = pulse.due(&self.settings);
         let mut timer = pin!(tokio::time::sleep_until(at));
@@ -210,6 +236,10 @@ impl<D: Dial> Http<D> {
                 if let Poll::Ready(end) = hyper.as_mut().poll(cx) {
                     if let Err(error) = end {
                         tracing::debug!(error = %Chain(&error), "a visitor's connection ended in an error");
+                        if error.is_parse() {
+                            let large = error.is_parse_too_large();
+                            connection.refused(if large { Error::HeadTooLarge } else { Error::BadRequest });
+                        }
                     }
                     return Poll::Ready(None);
                 }
@@ -237,7 +267,11 @@ impl<D: Dial> Http<D> {
                 then = watched => match then {
                     None => return,
                     Some(Then::Cut) => {
-                        pulse.cut(pulse.overdue());
+                        let late = pulse.overdue();
+                        pulse.cut(late);
+                        if late == Error::HelloTimeout {
+                            connection.refused(late);
+                        }
                         return;
                     }
                     Some(Then::Close | Then::Look) if closing => continue,
@@ -256,7 +290,7 @@ impl<D: Dial> Http<D> {
 struct StreamTasks {
     tracker: TaskTracker,
     pulse: Arc<Pulse>,
-    body_idle: std::time::Duration,
+    body_idle: Duration,
     cut: CancellationToken,
 }
 
@@ -270,11 +304,16 @@ where
         let (body_idle, cut) = (self.body_idle, self.cut.clone());
         self.tracker.spawn(async move {
             let Some(tally) = tally else { return stream.await };
+            let cut = async {
+                cut.cancelled().await;
+                tally.fail(Error::Draining);
+            };
+            // The reason is noted before the stream is dropped, which resets it.
             tokio::select! {
+                biased;
+                () = cut => {}
                 () = stream => {}
-                // Dropped, it resets its stream.
                 () = tally.stall(body_idle) => {}
-                () = cut.cancelled() => tally.fail(Error::Draining),
             }
         });
     }

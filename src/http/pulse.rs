@@ -91,6 +91,10 @@ impl Pulse {
         s.head = None;
         s.fresh = false;
         s.flushed = false;
+        // A pipelined request has as much right to its answer as the one before.
+        if s.eof == Eof::Released {
+            s.eof = Eof::Unseen;
+        }
     }
 
     /// A request has ended.
@@ -225,13 +229,14 @@ impl Pulse {
         }
     }
 
-    /// The word for a request whose wait is over.
+    /// The word for a wait that is over.
     pub(super) fn overdue(&self) -> Error {
         let s = self.state.lock();
         match (s.eof, &s.latest) {
             (Eof::Held(_), _) => Error::VisitorGone,
             (_, Some(latest)) => latest.stalled(),
-            (_, None) => Error::Idle,
+            (_, None) if s.head.is_some() && !s.closing => Error::HelloTimeout,
+            (_, None) => Error::VisitorStalled,
         }
     }
 }
