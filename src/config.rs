@@ -9,6 +9,7 @@ use std::str::FromStr;
 use serde_json::{Map, Value};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
+use crate::control::ControlSettings;
 use crate::dial::DialSettings;
 use crate::drain::DrainSettings;
 use crate::feed::store::StoreSettings;
@@ -89,6 +90,12 @@ impl Config {
                 );
             }
             seen.push((key, addr));
+        }
+        if let Some(open) =
+            self.control.listen.iter().find(|a| !a.ip().is_loopback() && self.control.token_file.is_none())
+        {
+            let fix = "write control.token_file, or listen on 127.0.0.1".to_owned();
+            f.mistake("control.listen", format!("{open} is not loopback, and there is no token"), fix);
         }
         if self.tls.make_certificate && self.node.domain.is_none() {
             f.mistake("tls.make_certificate", "has no name to make one for".into(), "write node.domain".into());
@@ -282,19 +289,6 @@ impl FromStr for LogFormat {
     }
 }
 text_field!(LogFormat, "\"text\" or \"json\"");
-
-/// `[control]`: where the operator arrives.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ControlSettings {
-    /// Where the API, metrics and health checks are served.
-    pub listen: Vec<SocketAddr>,
-}
-
-impl ControlSettings {
-    fn read(f: &mut Fields) -> Self {
-        Self { listen: f.take("listen", vec![SocketAddr::from(([127, 0, 0, 1], 9090))]) }
-    }
-}
 
 /// Whether a listener on one of these takes (some of) the other's connections.
 fn overlap(a: IpAddr, b: IpAddr) -> bool {

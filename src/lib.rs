@@ -51,6 +51,7 @@ pub mod relay; // bytes both ways
 pub mod routes; // which socket, which tunnels
 pub mod tunnel; // the door to SSH
 
+pub mod control; // the operator's API
 pub mod feed; // where records come from
 
 pub mod config;

@@ -7,7 +7,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
+use crate::control::{self, Control};
 use crate::dial::Dialer;
 use crate::drain::{DrainSettings, Stages};
 use crate::feed::Feed;
@@ -164,6 +165,23 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     // The operator.
     let ready = Arc::new(AtomicBool::new(false));
     let drain_asked = CancellationToken::new();
+    let parts = control::Parts {
+        records,
+        feed,
+        follower,
+        routes: Arc::clone(&routes),
+        status: status(&config, &bound, &tunnels, &routes, &ports, &ready),
+        metrics: Box::new(move || exporter.render()),
+        ready: {
+            let ready = Arc::clone(&ready);
+            Box::new(move || ready.load(Ordering::Acquire))
+        },
+        drain: drain_asked.clone(),
+    };
+    let control = Control::new(config.control.clone(), parts).map_err(Failure::Start)?;
+    for listener in listeners.control {
+        tasks.spawn(Arc::clone(&control).serve(listener, stop.clone()));
+    }
     for (door, listener) in listeners.visitors {
         tasks.spawn(Arc::clone(&ingress).open(door, listener, closed.clone()));
     }
@@ -174,6 +192,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     }
     state.write_listening(&bound)?;
     ready.store(true, Ordering::Release);
+    metrics::gauge!("adit_ready").set(1.0);
     greet(&config, &urls, &bound, made.as_ref());
 
     loop {
@@ -189,6 +208,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         }
     }
     ready.store(false, Ordering::Release);
+    metrics::gauge!("adit_ready").set(0.0);
     let hurry = CancellationToken::new();
     let hurrying = async {
         while signals.next().await != Told::End {}
@@ -238,6 +258,51 @@ async fn drain(
     }
     owner_tasks.close();
     let _ = tokio::time::timeout(Duration::from_secs(2), owner_tasks.wait()).await;
+}
+
+/// What `GET /v1/status` tells.
+fn status(
+    config: &Config,
+    bound: &Bound,
+    tunnels: &Arc<Tunnels>,
+    routes: &Arc<Routes>,
+    ports: &Arc<Ports>,
+    ready: &Arc<AtomicBool>,
+) -> Box<dyn Fn() -> Value + Send + Sync> {
+    let (name, listeners, started) = (config.node.name(), bound.to_json(), Instant::now());
+    let (tunnels, routes) = (Arc::clone(tunnels), Arc::clone(routes));
+    let (ports, ready) = (Arc::clone(ports), Arc::clone(ready));
+    Box::new(move || {
+        let (sockets, recorded) = routes.size();
+        let session = |s: &Arc<tunnel::Session>| {
+            json!({
+                "session": s.id,
+                "peer": s.peer.to_string(),
+                "user": s.user(),
+                "connections": s.channels(),
+                "queued_bytes": s.queued_bytes(),
+                "rtt_us": s.rtt().map(|rtt| rtt.as_micros() as u64),
+            })
+        };
+        let live: serde_json::Map<String, Value> = tunnels
+            .live()
+            .into_iter()
+            .map(|(id, sessions)| (id.to_string(), sessions.iter().map(session).collect()))
+            .collect();
+        let failed: Vec<Value> = ports.failed().iter().map(|(port, why)| json!({ "port": port, "why": why })).collect();
+        json!({
+            "name": name,
+            "version": env!("CARGO_PKG_VERSION"),
+            "uptime_seconds": started.elapsed().as_secs(),
+            "ready": ready.load(Ordering::Acquire),
+            "listeners": listeners,
+            "sockets": sockets,
+            "tunnels": recorded,
+            "sessions": tunnels.sessions().len(),
+            "live": live,
+            "ports": { "open": ports.open(), "failed": failed },
+        })
+    })
 }
 
 /// Runs `work` until `stop`.

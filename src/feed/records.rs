@@ -266,7 +266,7 @@ impl Records {
             write(&mut txn, &record, rev, old.as_ref(), None);
             match self.feed.commit(txn).await {
                 Ok(new) => return Ok(Written { record, rev: new, created: rev.is_none() }),
-                Err(error) => self.explain(error, &[(&record.claims(), record.id().to_string())]).await?,
+                Err(error) => self.explain(error, &record.claims(), &record.id().to_string()).await?,
             }
         }
         Err(RecordError::Contended)
@@ -426,18 +426,15 @@ impl Records {
 
     /// Turns a conflict over a claim into who holds it; any other conflict is
     /// worth another try.
-    async fn explain(&self, error: WriteError, claims: &[(&[Claim], String)]) -> Result<(), RecordError> {
+    async fn explain(&self, error: WriteError, claims: &[Claim], id: &str) -> Result<(), RecordError> {
         let WriteError::Conflict { key, .. } = error else { return Err(RecordError::Feed(error)) };
-        let mine = claims.iter().flat_map(|(all, id)| all.iter().map(move |c| (c, id)));
-        for (claim, id) in mine {
-            if claim.key == key
-                && let Some(holder) = self.holder(&key).await?
-                && holder != *id
-            {
-                return Err(RecordError::Taken { field: claim.field.clone(), what: claim.what.clone(), holder });
+        let Some(claim) = claims.iter().find(|claim| claim.key == key) else { return Ok(()) };
+        match self.holder(&key).await? {
+            Some(holder) if holder != id => {
+                Err(RecordError::Taken { field: claim.field.clone(), what: claim.what.clone(), holder })
             }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     async fn holder(&self, claim: &str) -> Result<Option<String>, RecordError> {
