@@ -128,10 +128,15 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let urls = urls(&config, &bound);
     let host_key = config.ssh.host_key.clone().unwrap_or_else(|| state.file("ssh_host_ed25519_key"));
     let host_key = tunnel::host_key(&host_key).map_err(Failure::Start)?;
+    let ports = Arc::new(Ports::default());
     let parts = tunnel::Parts {
         routes: Arc::clone(&routes),
         records: Arc::clone(&records),
-        applied: follower.applied(),
+        applied: ports.synced(),
+        port_trouble: {
+            let ports = Arc::clone(&ports);
+            Box::new(move |port| ports.trouble(port))
+        },
         urls: urls.clone(),
         name_key: state.name_key()?,
         tasks: owner_tasks.clone(),
@@ -158,7 +163,6 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         exempt_loopback: config.node.exempt_loopback,
     };
     let ingress = Ingress::new(config.ingress.clone(), parts);
-    let ports = Arc::new(Ports::default());
     let closed = stages.close.clone();
     tasks.spawn(Arc::clone(&ports).follow(Arc::clone(&ingress), follower.applied(), tasks.clone(), closed.clone()));
 
@@ -168,7 +172,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let parts = control::Parts {
         records,
         feed,
-        follower,
+        applied: ports.synced(),
         routes: Arc::clone(&routes),
         status: status(&config, &bound, &tunnels, &routes, &ports, &ready),
         metrics: Box::new(move || exporter.render()),

@@ -10,9 +10,10 @@ use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH, LOCATION};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{Answer, Body, Control, Problem, watch};
+use super::{Answer, Body, Control, Problem, events};
 use crate::feed::records::{Condition, Record, RecordError, Written};
 use crate::model::{Certificate, Socket, Tunnel};
 
@@ -150,16 +151,16 @@ impl Control {
                 let from = match last.or(query(&request, "from")) {
                     Some(text) => {
                         let bad = "from is EPOCH:REVISION, as the events' ids are";
-                        Some(watch::cursor(text).ok_or_else(|| Problem::new(StatusCode::BAD_REQUEST, bad))?)
+                        Some(events::cursor(text).ok_or_else(|| Problem::new(StatusCode::BAD_REQUEST, bad))?)
                     }
                     None => None,
                 };
-                Ok(watch::answer(&self.parts.feed, from, stop))
+                Ok(events::answer(&self.parts.feed, from, stop))
             }
             Call::Status => {
                 let mut status = (self.parts.status)();
                 if let Some(fields) = status.as_object_mut() {
-                    fields.insert("revision".to_owned(), json!(*self.parts.follower.applied().borrow()));
+                    fields.insert("revision".to_owned(), json!(*self.parts.applied.borrow()));
                 }
                 Ok(json_answer(StatusCode::OK, &status))
             }
@@ -223,8 +224,9 @@ impl Control {
     }
 
     async fn wait_applied(&self, rev: u64) {
-        if let Err(why) = self.parts.follower.wait_applied(rev, APPLIED).await {
-            tracing::error!(rev, why, "a record was written and does not act yet");
+        let mut applied = self.parts.applied.clone();
+        if !matches!(timeout(APPLIED, applied.wait_for(|seen| *seen >= rev)).await, Ok(Ok(_))) {
+            tracing::error!(rev, "a record was written and does not act yet");
         }
     }
 
@@ -232,7 +234,7 @@ impl Control {
     async fn fields(&self, request: Request<Incoming>) -> Result<Map<String, Value>, Problem> {
         let max = self.settings.body_max.0;
         let body = Limited::new(request.into_body(), max).collect();
-        let body = match tokio::time::timeout(self.settings.deadline, body).await {
+        let body = match timeout(self.settings.deadline, body).await {
             Ok(Ok(body)) => body.to_bytes(),
             Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
                 let detail = format!("a body has at most {max} bytes (control.body_max)");

@@ -1,9 +1,9 @@
 //! The operator's listener: who may ask, limits, and one table of what can be
-//! asked for. What each call does is in `api`, the event stream in `watch`.
+//! asked for. What each call does is in `api`, the event stream in `events`.
 
 mod api;
+mod events;
 mod problem;
-mod watch;
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
@@ -20,13 +20,12 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::Value;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::problem::Problem;
 use crate::feed::Feed;
-use crate::feed::follower::Follower;
 use crate::feed::records::Records;
 use crate::fields::{self, Fields};
 use crate::model::authority_host;
@@ -72,8 +71,8 @@ pub struct Parts {
     pub records: Arc<Records>,
     /// The feed under them.
     pub feed: Arc<dyn Feed>,
-    /// What of it has been applied.
-    pub follower: Follower,
+    /// The last revision that acts on every visitor.
+    pub applied: watch::Receiver<u64>,
     /// The route table.
     pub routes: Arc<Routes>,
     /// `GET /v1/status`.

@@ -18,7 +18,7 @@ pub(super) struct Problem {
     status: StatusCode,
     detail: String,
     errors: Vec<Value>,
-    header: Option<(HeaderName, HeaderValue)>,
+    header: Option<Box<(HeaderName, HeaderValue)>>,
 }
 
 impl Problem {
@@ -27,7 +27,7 @@ impl Problem {
     }
 
     pub(super) fn header(mut self, name: HeaderName, value: &str) -> Self {
-        self.header = HeaderValue::from_str(value).ok().map(|value| (name, value));
+        self.header = HeaderValue::from_str(value).ok().map(|value| Box::new((name, value)));
         self
     }
 
@@ -53,7 +53,8 @@ impl Problem {
         let mut answer = Response::new(Full::new(Bytes::from(document.to_string())).boxed());
         *answer.status_mut() = self.status;
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        if let Some((name, value)) = self.header {
+        if let Some(header) = self.header {
+            let (name, value) = *header;
             answer.headers_mut().insert(name, value);
         }
         answer

@@ -83,18 +83,6 @@ impl Follower {
             _ => Err(format!("the store was not read within {deadline:?}")),
         }
     }
-
-    /// Waits until a write shows in the table.
-    ///
-    /// # Errors
-    /// Where it does not within `deadline`.
-    pub async fn wait_applied(&self, rev: u64, deadline: Duration) -> Result<(), String> {
-        let mut applied = self.applied.clone();
-        match tokio::time::timeout(deadline, applied.wait_for(|seen| *seen >= rev)).await {
-            Ok(Ok(_)) => Ok(()),
-            _ => Err("the route table does not follow the feed".to_owned()),
-        }
-    }
 }
 
 struct Table {

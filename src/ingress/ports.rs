@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -17,18 +18,35 @@ use super::{Door, Ingress, listener};
 const RETRY: Duration = Duration::from_secs(2);
 
 /// Which own ports are open, and which could not be.
-#[derive(Default)]
 pub struct Ports {
     open: Mutex<HashMap<u16, CancellationToken>>,
     failed: Mutex<BTreeMap<u16, String>>,
+    synced: watch::Sender<u64>,
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        Self { open: Mutex::default(), failed: Mutex::default(), synced: watch::Sender::new(0) }
+    }
 }
 
 impl Ports {
+    /// The last revision of the route table whose ports are open: from then on
+    /// a change acts on every visitor.
+    pub fn synced(&self) -> watch::Receiver<u64> {
+        self.synced.subscribe()
+    }
+
     /// The ports that are open now.
     pub fn open(&self) -> Vec<u16> {
         let mut ports: Vec<u16> = self.open.lock().keys().copied().collect();
         ports.sort_unstable();
         ports
+    }
+
+    /// Why this port could not be opened, if so.
+    pub fn trouble(&self, port: u16) -> Option<String> {
+        self.failed.lock().get(&port).cloned()
     }
 
     /// The ports that could not be opened, with the socket and the reason.
@@ -40,13 +58,14 @@ impl Ports {
     pub async fn follow(
         self: Arc<Self>,
         ingress: Arc<Ingress>,
-        mut changed: tokio::sync::watch::Receiver<u64>,
+        mut changed: watch::Receiver<u64>,
         tasks: TaskTracker,
         closed: CancellationToken,
     ) {
         loop {
-            changed.borrow_and_update();
+            let rev = *changed.borrow_and_update();
             self.sync(&ingress, &tasks, &closed);
+            self.synced.send_replace(rev);
             let retry = !self.failed.lock().is_empty();
             tokio::select! {
                 () = closed.cancelled() => return,

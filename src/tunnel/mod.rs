@@ -201,8 +201,10 @@ pub struct Parts {
     pub routes: Arc<Routes>,
     /// Where sockets made on demand are written.
     pub records: Arc<Records>,
-    /// The last revision that the route table shows.
+    /// The last revision that acts on every visitor.
     pub applied: tokio::sync::watch::Receiver<u64>,
+    /// Why a socket's own port could not be opened, if so.
+    pub port_trouble: Box<dyn Fn(u16) -> Option<String> + Send + Sync>,
     /// How owners are told where they are published.
     pub urls: Urls,
     /// Keyed hash for made-up names; secret, kept between runs.
@@ -223,6 +225,7 @@ pub struct Tunnels {
     routes: Arc<Routes>,
     records: Arc<Records>,
     applied: tokio::sync::watch::Receiver<u64>,
+    port_trouble: Box<dyn Fn(u16) -> Option<String> + Send + Sync>,
     urls: Urls,
     name_key: [u8; 32],
     tasks: TaskTracker,
@@ -251,6 +254,7 @@ impl Tunnels {
             routes: parts.routes,
             records: parts.records,
             applied: parts.applied,
+            port_trouble: parts.port_trouble,
             urls: parts.urls,
             name_key: parts.name_key,
             tasks: parts.tasks,

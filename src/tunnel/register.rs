@@ -104,7 +104,11 @@ impl Tunnels {
         };
         let attached = self.attach(session, &tunnel, bind(public_port));
         let urls = self.urls.of(&route.socket).join(" ");
-        Ok(Granted { attached, public_port, told: format!("{} is published: {urls}", route.socket.id) })
+        let mut told = format!("{} is published: {urls}", route.socket.id);
+        for trouble in route.socket.ports.iter().filter_map(|port| (self.port_trouble)(*port)) {
+            told.push_str(&format!("\n{trouble}"));
+        }
+        Ok(Granted { attached, public_port, told })
     }
 
     fn by_relay(&self, session: &Session, login: &Login, port: u16) -> Result<Arc<Tunnel>, Refusal> {
