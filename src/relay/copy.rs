@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{Broken, Step, Tally};
+use super::way::{Broken, Step, Tally};
 use crate::stream::Stream;
 
 thread_local! {

@@ -1,10 +1,12 @@
+use super::way::SMALL_SPLICES;
 use super::*;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::pin::Pin;
 
 use aws_lc_rs::digest::{Context as Digest, SHA256};
 use proptest::prelude::*;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
@@ -264,6 +266,44 @@ async fn an_early_answer_arrives_although_the_origin_refuses_the_rest() {
     let writing = async { while visitor.write_all(&[0; 1000]).await.is_ok() {} };
     soon(writing).await;
     assert_eq!(&heard, b"413");
+    assert_eq!(soon(relay).await.unwrap().end, End::OriginLost);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_early_answer_arrives_whole_although_the_origin_refuses_the_rest() {
+    // One that takes nothing, and has much to say.
+    struct Refusing(std::io::Cursor<Vec<u8>>);
+    impl AsyncRead for Refusing {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut tokio::io::ReadBuf<'_>,
+        ) -> Poll<std::io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+    impl AsyncWrite for Refusing {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<std::io::Result<usize>> {
+            Poll::Ready(Err(ErrorKind::BrokenPipe.into()))
+        }
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+    impl Duplex for Refusing {
+        fn reset(&mut self) {}
+    }
+    let (mut visitor, edge) = duplex(1 << 10);
+    let answer = pattern(19, 8 << 20);
+    let origin = Stream::other(Refusing(std::io::Cursor::new(answer.clone())));
+    let (relay, _cut) = start(Stream::other(edge), origin, RelaySettings::default());
+    visitor.write_all(b"upload").await.unwrap();
+    let mut heard = Vec::new();
+    soon(visitor.read_to_end(&mut heard)).await.unwrap();
+    assert!(heard == answer);
     assert_eq!(soon(relay).await.unwrap().end, End::OriginLost);
 }
 
