@@ -38,6 +38,7 @@ const GAUGES: &[(&str, Unit, &str)] = &[
 /// Name, unit and help of each histogram.
 const HISTOGRAMS: &[(&str, Unit, &str)] = &[
     ("adit_visit_first_byte_seconds", Unit::Seconds, "From the start of a visit to the origin's first byte"),
+    ("adit_store_commit_seconds", Unit::Seconds, "Time for a group of transactions to reach the disk"),
     ("adit_tunnel_rtt_seconds", Unit::Seconds, "Round trips to owners' SSH clients"),
 ];
 

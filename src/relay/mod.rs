@@ -93,6 +93,21 @@ pub struct Relayed {
     pub first_byte: Option<Duration>,
     /// How it ended.
     pub end: End,
+    /// Why, where the stream that broke knew.
+    pub why: Option<Error>,
+}
+
+impl Relayed {
+    /// Why the visit failed, if it did.
+    pub fn error(&self) -> Option<Error> {
+        match self.end {
+            End::Clean => None,
+            End::VisitorGone => self.why.or(Some(Error::VisitorGone)),
+            End::OriginLost => self.why.or(Some(Error::OriginReset)),
+            End::Idle => Some(Error::Idle),
+            End::Cut => Some(Error::Draining),
+        }
+    }
 }
 
 /// How a relay ended.
@@ -108,19 +123,6 @@ pub enum End {
     Idle,
     /// The caller had it cut.
     Cut,
-}
-
-impl End {
-    /// Why the visit failed, if it did.
-    pub fn error(self) -> Option<Error> {
-        match self {
-            End::Clean => None,
-            End::VisitorGone => Some(Error::VisitorGone),
-            End::OriginLost => Some(Error::OriginReset),
-            End::Idle => Some(Error::Idle),
-            End::Cut => Some(Error::Draining),
-        }
-    }
 }
 
 /// Relays until both directions have ended, one side breaks, nothing moves for
@@ -171,6 +173,7 @@ pub async fn relay(visitor: Stream, origin: Stream, settings: &RelaySettings, cu
         spliced: up.tally.spliced + down.tally.spliced,
         first_byte: down.tally.first.map(|at| at.duration_since(started)),
         end,
+        why: down.tally.why.or(up.tally.why),
     }
 }
 

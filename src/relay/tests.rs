@@ -118,7 +118,7 @@ async fn a_visitor_keeps_the_answer_after_closing_its_side() {
         assert_clean_half_closes(scene.visitor, scene.origin).await;
         let relayed = soon(scene.relay).await.unwrap();
         assert_eq!((relayed.up, relayed.down, relayed.end), (3 << 20, 12, End::Clean));
-        assert!(relayed.first_byte.is_some() && relayed.end.error().is_none());
+        assert!(relayed.first_byte.is_some() && relayed.error().is_none());
     }
     let scene = duplex_scene(RelaySettings::default());
     assert_clean_half_closes(scene.visitor, scene.origin).await;
@@ -148,7 +148,7 @@ async fn nothing_said_is_a_clean_end_of_zero_bytes() {
     scene.origin.shutdown().await.unwrap();
     assert_eq!(soon(scene.visitor.read(&mut [0; 8])).await.unwrap(), 0);
     let relayed = soon(scene.relay).await.unwrap();
-    assert_eq!(relayed, Relayed { up: 0, down: 0, spliced: 0, first_byte: None, end: End::Clean });
+    assert_eq!(relayed, Relayed { up: 0, down: 0, spliced: 0, first_byte: None, end: End::Clean, why: None });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -220,7 +220,7 @@ async fn a_reset_of_one_side_reaches_the_other_as_one() {
         Stream::tcp(scene.origin).reset();
         let relayed = soon(scene.relay).await.unwrap();
         assert_eq!((relayed.down, relayed.end), (14, End::OriginLost));
-        assert_eq!(relayed.end.error(), Some(Error::OriginReset));
+        assert_eq!(relayed.error(), Some(Error::OriginReset));
         assert_reset(scene.visitor).await;
     }
 }
@@ -319,7 +319,7 @@ async fn a_quiet_relay_ends_at_its_idle_limit_and_a_busy_one_does_not() {
     }
     let relayed = soon(scene.relay).await.unwrap();
     assert!(started.elapsed() >= Duration::from_millis(1400), "{:?}", started.elapsed());
-    assert_eq!((relayed.down, relayed.end, relayed.end.error()), (8, End::Idle, Some(Error::Idle)));
+    assert_eq!((relayed.down, relayed.end, relayed.error()), (8, End::Idle, Some(Error::Idle)));
     assert_reset(scene.visitor).await;
     assert_reset(scene.origin).await;
 }

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::RelaySettings;
 use super::copy::Copier;
 use super::splice::Splicer;
+use crate::error::Error;
 use crate::stream::Stream;
 
 /// A read of this much is bulk (measured: splice pays from 16 KiB a read on,
@@ -160,6 +161,8 @@ pub(super) struct Tally {
     pub(super) moved: u64,
     pub(super) spliced: u64,
     pub(super) first: Option<Instant>,
+    /// Why the reader broke, if it knew.
+    pub(super) why: Option<Error>,
 }
 
 impl Tally {
