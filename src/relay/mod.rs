@@ -32,7 +32,7 @@ pub struct RelaySettings {
     /// a TLS record has 16 KiB.
     pub copy_size: usize,
     /// Whether bulk between two bare TCP connections stays in the kernel. On:
-    /// a third of the CPU per byte (`benches/relay.rs`).
+    /// less than half of the CPU that copying costs per byte (`benches/relay.rs`).
     pub splice: bool,
     /// The size of a pipe for it. 256 KiB: above, little is won.
     pub pipe_size: usize,
