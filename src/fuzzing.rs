@@ -4,10 +4,13 @@
 use serde_json::{Map, Value};
 
 use crate::fields::{self, Field, Fields};
+use crate::http::framing::Framing;
 use crate::ingress::hello::{Hello, HelloSettings, Verdict, read};
 use crate::ingress::listener::TcpSettings;
-use crate::model::{Certificate, CertificateId, Socket, SocketId, Tunnel, TunnelId, authority_host};
+use crate::model::{Certificate, CertificateId, HostName, Socket, SocketId, Tunnel, TunnelId, authority_host};
 use crate::relay::RelaySettings;
+use crate::tunnel::keys;
+use crate::tunnel::naming::{self, Wanted};
 
 /// A verdict over the first bytes is final, and waiting for what `More` asks
 /// for misses nothing.
@@ -84,15 +87,54 @@ pub fn settings(bytes: &[u8]) {
     f.refuse_rest();
 }
 
+/// An HTTP/1 message is framed alike however its bytes are split.
+pub fn framing(bytes: &[u8]) {
+    let whole = Framing::default().read(bytes);
+    let mut pieces = Framing::default();
+    let mut before = 0;
+    let mut split = Ok(());
+    for piece in bytes.chunks(3) {
+        if let Err(at) = pieces.read(piece) {
+            split = Err(before + at);
+            break;
+        }
+        before += piece.len();
+    }
+    assert_eq!(split, whole);
+}
+
+/// A forward is a name, a port or refused; a name is a host name, and no
+/// address to listen on is one.
+pub fn naming(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let (address, port) = text.split_once('\n').unwrap_or((text, "80"));
+    let port = port.parse().unwrap_or(0);
+    for wanted in [naming::of_tcpip(address, port), naming::of_streamlocal(address)] {
+        match wanted {
+            Ok(Wanted::Named { name, .. }) => {
+                assert!(name.parse::<HostName>().is_ok_and(|n| n.as_str() == name), "{name}");
+            }
+            Ok(_) => {}
+            Err(why) => assert!(!why.is_empty() && !why.contains('\u{1b}'), "{why:?}"),
+        }
+    }
+    let _ = keys::source_matches(address, std::net::IpAddr::from([192, 0, 2, 1]));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_seed_passes() {
-        for (name, target) in
-            [("hello", hello as fn(&[u8])), ("records", records), ("authority", authority), ("settings", settings)]
-        {
+        for (name, target) in [
+            ("hello", hello as fn(&[u8])),
+            ("records", records),
+            ("authority", authority),
+            ("settings", settings),
+            ("framing", framing),
+            ("naming", naming),
+        ] {
             let seeds = std::fs::read_dir(format!("{}/fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
             let replayed = seeds.map(|seed| target(&std::fs::read(seed.unwrap().path()).unwrap())).count();
             assert!(replayed >= 4, "{name}");

@@ -41,8 +41,8 @@ pub mod metrics;
 pub mod model; // base: plain values
 pub mod secret_file; // files that hold secrets
 pub mod stream; // a visitor's or origin's bytes
-pub mod tls;
-pub mod visit_log; // the record of a visit // certificates by name, handshakes
+pub mod tls; // certificates by name, handshakes
+pub mod visit_log; // the record of a visit
 
 pub mod dial; // the way to an origin
 pub mod http; // requests
@@ -53,6 +53,9 @@ pub mod tunnel; // the door to SSH
 
 pub mod control; // the operator's API
 pub mod feed; // where records come from
+
+#[doc(hidden)]
+pub mod fuzzing; // what fuzz targets assert
 
 pub mod config;
 pub mod node; // composition root

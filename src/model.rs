@@ -142,7 +142,8 @@ pub fn authority_host(authority: &str) -> Result<Cow<'_, str>, &'static str> {
         return Err(bad);
     }
     if host.contains(':') {
-        return Ok(Cow::Borrowed(host));
+        let upper = host.bytes().any(|b| b.is_ascii_uppercase());
+        return Ok(if upper { Cow::Owned(host.to_ascii_lowercase()) } else { Cow::Borrowed(host) });
     }
     checked_name(host).map_err(|_| bad)
 }
@@ -523,7 +524,7 @@ impl fmt::Debug for Certificate {
 impl Certificate {
     /// Reads a record; `id` is the one it is stored under. That chain and key
     /// are well-formed and belong together is checked where TLS is at hand
-    /// (`tls::certified_key`).
+    /// (`tls::check`).
     ///
     /// # Errors
     /// Every mistake of the record.
@@ -639,6 +640,7 @@ mod tests {
             ("web.example.com.", "web.example.com"),
             ("a_b.example.com", "a_b.example.com"),
             ("[::1]:80", "::1"),
+            ("[2001:DB8::A]", "2001:db8::a"),
             ("127.0.0.1", "127.0.0.1"),
         ] {
             assert_eq!(authority_host(text).unwrap(), host);

@@ -109,7 +109,7 @@ pub fn check_certificate(
 
 /// Whether a comma-separated list of addresses and CIDR blocks holds `peer`.
 /// What cannot be read matches nothing.
-fn source_matches(list: &str, peer: IpAddr) -> bool {
+pub(crate) fn source_matches(list: &str, peer: IpAddr) -> bool {
     let peer = peer.to_canonical();
     list.split(',').map(str::trim).any(|item| {
         let (addr, len) = match item.split_once('/') {

@@ -201,11 +201,14 @@ impl Session {
     /// not answer is dead, unless a visitor holds the session up just now.
     pub(super) async fn watch(&self, interval: Duration, deadline: Duration) {
         let Some(handle) = self.handle.get() else { return };
+        // At once after the login: the first visitor's order may depend on it.
+        let mut pause = Duration::ZERO;
         loop {
             let (patience, asked) = tokio::select! {
-                () = sleep(interval) => (deadline, false),
+                () = sleep(pause) => (deadline, false),
                 () = self.suspect.notified() => (deadline / 3, true),
             };
+            pause = interval;
             let start = Instant::now();
             // Answered with REQUEST_FAILURE: nobody has such a forward.
             let probe = handle.cancel_forward_tcpip("rtt@adit".to_owned(), 0);

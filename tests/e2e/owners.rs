@@ -230,3 +230,19 @@ async fn a_forward_can_be_cancelled_and_added_again() {
     mux("forward");
     assert_eq!(asks().await, Ok(5));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_vanished_is_noticed_without_any_visitor() {
+    let opts = NodeOpts::default().set("ssh", "keepalive = \"1s\"").set("ssh", "keepalive_deadline = \"2s\"");
+    let node = Node::with(opts).await;
+    let origin = Origin::http().await;
+    let ssh = Ssh::start(&node, &[&format!("web:80:{}", origin.target())]).await;
+    let status = async || node.api("GET", "/v1/status", None).await.1;
+    eventually("its round-trip time is measured", async || status().await["live"]["web"][0]["rtt_us"].as_u64()).await;
+    ssh.program.signal("STOP");
+    let start = Instant::now();
+    eventually("its session is gone", async || (status().await["sessions"] == 0).then_some(())).await;
+    // The interval and the deadline, and some for two busy cores.
+    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    ssh.program.signal("CONT");
+}
