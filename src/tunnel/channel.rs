@@ -48,6 +48,10 @@ const OUTBOX_BYTES: usize = 128 * 1024;
 /// The largest piece of one write that is copied into the outbox.
 const WRITE_BYTES: usize = 64 * 1024;
 
+/// How long bytes of a visitor who has left wait for an origin that does not
+/// read: a minute, in which slow ones come back; they count as a connection.
+const LINGER: Duration = Duration::from_secs(60);
+
 /// What the channels of one session share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
@@ -116,12 +120,13 @@ struct Pipe {
     settings: Arc<ChannelSettings>,
     /// Hold the visitor's FIN back until the answer has ended.
     hold_eof: bool,
+    /// Held until stream and pump are both gone.
+    _permits: Vec<Permit>,
 }
 
 /// A visitor's channel as a byte stream.
 pub(super) struct SshStream {
     pipe: Arc<Pipe>,
-    _permits: Vec<Permit>,
 }
 
 impl SshStream {
@@ -151,10 +156,11 @@ impl SshStream {
             shared,
             settings,
             hold_eof,
+            _permits: permits,
         });
         let (read, write) = channel.split();
         let pump = pump(Arc::clone(&pipe), read, write);
-        (Self { pipe, _permits: permits }, pump)
+        (Self { pipe }, pump)
     }
 }
 
@@ -208,18 +214,17 @@ async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
         let (chunk, ours) = pipe.next_up();
         match (chunk, ours) {
             (_, Ours::Reset) => return,
-            (Some(chunk), Ours::Dropped) => {
-                // Nobody waits for this visitor any more; a stopped origin must
-                // not keep the channel.
-                match timeout(pipe.settings.stall_deadline, write.data_bytes(chunk)).await {
-                    Ok(Ok(())) => {}
-                    _ => return,
-                }
-            }
             (Some(chunk), _) => {
-                tokio::select! {
-                    sent = write.data_bytes(chunk) => if sent.is_err() { return },
-                    () = pipe.was_reset() => return,
+                let mut sending = std::pin::pin!(write.data_bytes(chunk));
+                let sent = tokio::select! {
+                    sent = &mut sending => sent.is_ok(),
+                    ours = pipe.given_up() => {
+                        // Who left in good order is still delivered.
+                        ours == Ours::Dropped && matches!(timeout(LINGER, sending).await, Ok(Ok(())))
+                    }
+                };
+                if !sent {
+                    return;
                 }
             }
             (None, Ours::Open) => work.await,
@@ -308,12 +313,13 @@ impl Pipe {
         (chunk, state.ours)
     }
 
-    async fn was_reset(&self) {
+    /// Waits until the stream is dropped or reset.
+    async fn given_up(&self) -> Ours {
         loop {
             let work = self.work.notified();
             match self.state.lock().ours {
-                Ours::Reset | Ours::Dropped => return,
                 Ours::Open | Ours::Finished => {}
+                given_up => return given_up,
             }
             work.await;
         }

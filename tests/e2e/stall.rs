@@ -64,3 +64,33 @@ async fn a_visitor_that_stops_reading_holds_others_up_no_longer_than_the_deadlin
 async fn an_origin_that_stops_reading_holds_others_up_no_longer_than_the_deadline() {
     others_wait_at_most("HOLD").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_visitor_sent_before_leaving_arrives_though_the_origin_reads_late() {
+    let node = Node::start().await;
+    let mut origin = Origin::raw().await;
+    let _ssh = Ssh::start(&node, &[&format!("tcp/raw:{}", origin.target())]).await;
+    let addr = SocketAddr::new(node.ip, node.port_of("raw").await);
+    // Of some of these sizes the last bytes wait in the node when the visitor has gone.
+    let mut visitors = tokio::task::JoinSet::new();
+    let mut sent: Vec<u64> = (20..84).map(|n| n * 96 << 10).collect();
+    for size in sent.clone() {
+        visitors.spawn(async move {
+            let mut visitor = ask(addr, "CLOSE 2000").await;
+            assert_eq!(visitor.read_to_end(&mut Vec::new()).await.unwrap(), 4);
+            within(DEADLINE, "an upload", Pattern::write(size, &mut visitor)).await.unwrap();
+            visitor.shutdown().await.unwrap();
+        });
+    }
+    visitors.join_all().await;
+    while !sent.is_empty() {
+        let report = within(DEADLINE, "the origin's report", origin.reports.recv()).await.unwrap();
+        let size: u64 =
+            report.trim().strip_prefix("exact ").and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("{report}"));
+        let at = sent
+            .iter()
+            .position(|s| *s == size)
+            .unwrap_or_else(|| panic!("{size} bytes arrived: no visitor sent so many"));
+        sent.swap_remove(at);
+    }
+}

@@ -150,8 +150,8 @@ async fn serve(kind: Kind, tcp: TcpStream, tls: Option<TlsAcceptor>, report: mps
 
 /// Does what the first line says:
 /// `DOWN n` sends n bytes and ends; `UP n` takes n bytes, says `exact n` and
-/// ends; `EOF` takes all there is, and answers only then; `CLOSE` ends its own
-/// side first and reports what still arrives; `ECHO` sends back; `HOLD` takes
+/// ends; `EOF` takes all there is, and answers only then; `CLOSE ms` ends its own
+/// side first and reports what still arrives, read only after so long; `ECHO` sends back; `HOLD` takes
 /// nothing more and keeps the connection.
 async fn raw(io: Io, report: &mpsc::UnboundedSender<String>) -> std::io::Result<()> {
     let mut io = BufReader::new(io);
@@ -168,6 +168,8 @@ async fn raw(io: Io, report: &mpsc::UnboundedSender<String>) -> std::io::Result<
         "CLOSE" => {
             say(&mut io, "bye\n".into()).await?;
             io.shutdown().await?;
+            // Milliseconds in which the visitor's bytes back up.
+            tokio::time::sleep(Duration::from_millis(n)).await;
             let _ = report.send(verdict(Pattern::read(None, &mut io).await));
         }
         "ECHO" => {
