@@ -86,6 +86,23 @@ impl Exporter {
     }
 }
 
+/// Counts in a gauge while it lives.
+pub struct Present(metrics::Gauge);
+
+impl Present {
+    /// One more.
+    pub fn new(gauge: metrics::Gauge) -> Self {
+        gauge.increment(1.0);
+        Self(gauge)
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
+    }
+}
+
 /// Counts one finished visit.
 pub fn visit(visit: &Visit) {
     let kind = match &visit.what {

@@ -12,6 +12,7 @@ use crate::dial::Dial;
 use crate::drain::Stages;
 use crate::error::Error;
 use crate::http::{Protocol, Tls, Via};
+use crate::metrics::Present;
 use crate::model::{SocketType, Visitor};
 use crate::relay::relay;
 use crate::routes::Route;
@@ -26,6 +27,7 @@ impl Ingress {
             Ok(admitted) => admitted,
             Err(limit) => return self.turned_away(door, &visitor, limit),
         };
+        let _present = Present::new(metrics::gauge!("adit_visitors", "door" => door.as_str()));
         let failed = match door {
             Door::Raw => self.by_port(tcp, &visitor).await,
             Door::Http | Door::Https => self.by_first_bytes(door, tcp, visitor).await,

@@ -28,6 +28,7 @@ use crate::error::Error;
 use crate::feed::records::Records;
 use crate::fields::{Bytes, Fields};
 use crate::limits::{PerAddress, Permit};
+use crate::metrics::Present;
 use crate::model::{AuthorizedKey, Tunnel, TunnelId, Visitor};
 use crate::routes::Routes;
 use crate::stream::Stream;
@@ -193,6 +194,7 @@ impl Attachment {
 pub(crate) struct Attached {
     tunnels: Arc<Tunnels>,
     attachment: Arc<Attachment>,
+    _present: Present,
 }
 
 /// What the SSH side needs besides its knobs.
@@ -341,7 +343,6 @@ impl Tunnels {
             all.push(Arc::clone(&attachment));
             before
         };
-        metrics::gauge!("adit_tunnels_attached").increment(1.0);
         if let Some(older) = before {
             tracing::info!(tunnel = %tunnel.id, newer = session.id, older = older.id, "latest login wins");
             older.console.say(format!(
@@ -355,7 +356,11 @@ impl Tunnels {
                 older.peer.ip()
             ));
         }
-        Attached { tunnels: Arc::clone(self), attachment }
+        Attached {
+            tunnels: Arc::clone(self),
+            attachment,
+            _present: Present::new(metrics::gauge!("adit_tunnels_attached")),
+        }
     }
 }
 
@@ -369,7 +374,6 @@ impl Drop for Attached {
             promoted = all.last().filter(|_| was_serving).map(|a| Arc::clone(&a.session));
         }
         self.tunnels.live.remove_if(tunnel, |_, all| all.is_empty());
-        metrics::gauge!("adit_tunnels_attached").decrement(1.0);
         if let Some(standby) = promoted.filter(|s| s.id != session.id) {
             tracing::info!(%tunnel, session = standby.id, gone = session.id, "a standby serves again");
             standby.console.say(format!("{tunnel}: the newer login is gone; this session serves again"));

@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use super::keys::{self, Login};
 use super::{Bind, Mode, Session, SshSettings, Tunnels, naming};
 use crate::limits::Permit;
+use crate::metrics::Present;
 use crate::stream::Stream;
 
 /// How long the client's banner is waited for before ours is sent: most clients
@@ -105,6 +106,7 @@ impl Server {
             }
         }
         drop(unauthenticated);
+        let _present = session.login.get().map(|_| Present::new(metrics::gauge!("adit_sessions")));
         let ended = match ended {
             Some(ended) => ended,
             None => {

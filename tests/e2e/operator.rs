@@ -285,3 +285,35 @@ async fn a_drain_finishes_what_moves_and_a_second_signal_hurries() {
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     assert_eq!(within(DEADLINE, "an end", held.read(&mut [0; 1])).await.unwrap_or(0), 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sighup_reads_the_default_certificate_again_and_a_bad_file_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (chain, key) = (dir.path().join("edge.pem"), dir.path().join("edge.key"));
+    let make = || {
+        let made = rcgen::generate_simple_self_signed(["web.edge.localhost".to_owned()]).unwrap();
+        std::fs::write(&chain, made.cert.pem()).unwrap();
+        std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        made.cert.pem()
+    };
+    let first = make();
+    let opts = NodeOpts::default()
+        .set("tls", "make_certificate = false")
+        .set("tls", &format!("default_certificate = \"{}\"", chain.display()))
+        .set("tls", &format!("default_key = \"{}\"", key.display()));
+    let mut node = Node::with(opts).await;
+    let presents = async |node: &Node, ca: &str| {
+        tls_connect(node.addr("https"), "web.edge.localhost", trusting(ca.as_bytes(), &[])).await.is_ok()
+    };
+    assert!(presents(&node, &first).await);
+    let second = make();
+    node.program().signal("HUP");
+    eventually("the new certificate is presented", async || presents(&node, &second).await.then_some(())).await;
+    std::fs::write(&chain, "not a certificate").unwrap();
+    node.program().signal("HUP");
+    eventually("the log tells of the bad file", async || {
+        node.log().contains("certificates not read again").then_some(())
+    })
+    .await;
+    assert!(presents(&node, &second).await && !presents(&node, &first).await);
+}

@@ -73,7 +73,7 @@ async fn what_a_visitor_sent_before_leaving_arrives_though_the_origin_reads_late
     let addr = SocketAddr::new(node.ip, node.port_of("raw").await);
     // Of some of these sizes the last bytes wait in the node when the visitor has gone.
     let mut visitors = tokio::task::JoinSet::new();
-    let mut sent: Vec<u64> = (20..84).map(|n| n * 96 << 10).collect();
+    let mut sent: Vec<u64> = (20..84).map(|n| n * (96 << 10)).collect();
     for size in sent.clone() {
         visitors.spawn(async move {
             let mut visitor = ask(addr, "CLOSE 2000").await;
