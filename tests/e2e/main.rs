@@ -15,6 +15,7 @@ mod harness_itself;
 mod limits;
 mod operator;
 mod owners;
+mod shortage;
 mod stall;
 mod takeover;
 mod types;
