@@ -28,6 +28,20 @@ pub struct Dialed {
     pub console: Option<Arc<dyn Sink>>,
 }
 
+/// Finds a way to a socket's origin: the dialer, or a fake in tests of what
+/// stands above it.
+pub trait Dial: Send + Sync + 'static {
+    /// An open stream to the origin of `route`, for this visitor.
+    ///
+    /// # Errors
+    /// `NoTunnel`, `SocketLimit`, `TunnelLimit`, `TunnelSilent`, or
+    /// `OriginRefused` where no tunnel of the socket reached its origin.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: what opens after the caller has left is closed.
+    fn dial(&self, route: &Arc<Route>, visitor: &Visitor) -> impl Future<Output = Result<Dialed, Error>> + Send;
+}
+
 /// The knobs of `[dial]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DialSettings {
@@ -66,15 +80,33 @@ impl Dialer {
         Self { tunnels, settings }
     }
 
-    /// Opens a way to an origin of this socket.
-    ///
-    /// # Errors
-    /// `NoTunnel`, `SocketLimit`, `TunnelLimit`, `TunnelSilent`, or
-    /// `OriginRefused` where no tunnel of the socket reached its origin.
-    ///
-    /// # Cancel safety
-    /// Cancel safe: what opens after the caller has left is closed.
-    pub async fn dial(&self, route: &Route, visitor: &Visitor) -> Result<Dialed, Error> {
+    fn patience(&self) -> Instant {
+        Instant::now() + self.tunnels.settings().open_patience
+    }
+
+    /// The latest login of each tunnel in turn, then the standbys.
+    fn in_order(&self, route: &Route) -> Vec<Arc<Attachment>> {
+        let mut serving = Vec::new();
+        let mut standbys = Vec::new();
+        for tunnel in route.tunnels_in_turn() {
+            let mut sessions = self.tunnels.candidates(tunnel).into_iter();
+            serving.extend(sessions.next());
+            standbys.extend(sessions);
+        }
+        serving.extend(standbys);
+        serving
+    }
+
+    async fn attempt(&self, via: Arc<Attachment>, route: &Route, visitor: &Visitor) -> Result<Dialed, Error> {
+        let permit = Permit::take(&route.state.visitors, self.settings.connections_per_socket);
+        let permit = permit.ok_or(Error::SocketLimit)?;
+        let stream = self.tunnels.open(&via, visitor, vec![permit]).await?;
+        Ok(Dialed { stream, tunnel: via.tunnel.clone(), console: Some(via.console()) })
+    }
+}
+
+impl Dial for Dialer {
+    async fn dial(&self, route: &Arc<Route>, visitor: &Visitor) -> Result<Dialed, Error> {
         let mut rest = self.in_order(route).into_iter();
         let mut failure = Error::NoTunnel;
         let mut attempts = FuturesUnordered::new();
@@ -114,30 +146,6 @@ impl Dialer {
                 () = sleep_until(deadline) => return Err(worse(failure, Error::TunnelSilent)),
             }
         }
-    }
-
-    fn patience(&self) -> Instant {
-        Instant::now() + self.tunnels.settings().open_patience
-    }
-
-    /// The latest login of each tunnel in turn, then the standbys.
-    fn in_order(&self, route: &Route) -> Vec<Arc<Attachment>> {
-        let mut serving = Vec::new();
-        let mut standbys = Vec::new();
-        for tunnel in route.tunnels_in_turn() {
-            let mut sessions = self.tunnels.candidates(tunnel).into_iter();
-            serving.extend(sessions.next());
-            standbys.extend(sessions);
-        }
-        serving.extend(standbys);
-        serving
-    }
-
-    async fn attempt(&self, via: Arc<Attachment>, route: &Route, visitor: &Visitor) -> Result<Dialed, Error> {
-        let permit = Permit::take(&route.state.visitors, self.settings.connections_per_socket);
-        let permit = permit.ok_or(Error::SocketLimit)?;
-        let stream = self.tunnels.open(&via, visitor, vec![permit]).await?;
-        Ok(Dialed { stream, tunnel: via.tunnel.clone(), console: Some(via.console()) })
     }
 }
 

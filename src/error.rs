@@ -125,9 +125,21 @@ impl Error {
         io::Error::new(kind, self)
     }
 
-    /// The reason that a stream gave for breaking, if it knew one.
-    pub fn of_io(error: &io::Error) -> Option<Self> {
-        error.get_ref()?.downcast_ref().copied()
+    /// The reason that a stream gave for breaking, if it knew one: looked for in
+    /// an error and all that caused it.
+    pub fn within(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            // An I/O error's source is its content's source: look inside.
+            if let Some(known) = error.downcast_ref() {
+                return Some(*known);
+            }
+            next = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+                Some(inside) => Some(inside),
+                None => error.source(),
+            };
+        }
+        None
     }
 }
 
@@ -138,3 +150,16 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_found_inside_what_it_caused() {
+        let inner = Error::TunnelLost.into_io(io::ErrorKind::ConnectionReset);
+        assert_eq!(Error::within(&inner), Some(Error::TunnelLost));
+        assert_eq!(Error::within(&io::Error::other(inner)), Some(Error::TunnelLost));
+        assert_eq!(Error::within(&io::Error::from(io::ErrorKind::ConnectionReset)), None);
+    }
+}

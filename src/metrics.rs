@@ -21,6 +21,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
     ("adit_ssh_rejected_total", Unit::Count, "SSH logins rejected"),
     ("adit_ssh_login_timeouts_total", Unit::Count, "SSH connections that did not log in in time"),
     ("adit_sessions_dead_total", Unit::Count, "SSH sessions ended because the peer did not answer"),
+    ("adit_store_write_failures_total", Unit::Count, "Transactions that the disk did not take"),
     ("adit_bad_records_total", Unit::Count, "Records of the feed that were refused"),
     ("adit_port_bind_failures_total", Unit::Count, "Sockets' own ports that could not be opened"),
 ];
@@ -37,6 +38,7 @@ const GAUGES: &[(&str, Unit, &str)] = &[
 /// Name, unit and help of each histogram.
 const HISTOGRAMS: &[(&str, Unit, &str)] = &[
     ("adit_visit_first_byte_seconds", Unit::Seconds, "From the start of a visit to the origin's first byte"),
+    ("adit_store_commit_seconds", Unit::Seconds, "Time for a group of transactions to reach the disk"),
     ("adit_tunnel_rtt_seconds", Unit::Seconds, "Round trips to owners' SSH clients"),
 ];
 

@@ -110,7 +110,8 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let certificates = Arc::new(Certificates::new(&config.tls).map_err(Failure::Start)?);
     let made = made_up_tls(&config, &state, &certificates)?;
     certificates.reload(&config.tls).map_err(Failure::Start)?;
-    let store = Store::open(&state.file("store.db"), config.store.clone()).map_err(Failure::Start)?;
+    let store =
+        Store::open(&state.file("store.db"), config.store.clone()).map_err(|e| Failure::Start(e.to_string()))?;
     let feed: Arc<dyn Feed> = Arc::clone(&store) as _;
     let routes = Arc::new(Routes::default());
     let domain = config.node.domain.as_ref().map(ToString::to_string);

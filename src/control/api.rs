@@ -182,12 +182,8 @@ impl Control {
             Some(Ok(limit @ 1..=PAGE_MAX)) => limit,
             Some(_) => return Err(Problem::new(StatusCode::BAD_REQUEST, format!("limit is 1 to {PAGE_MAX}"))),
         };
-        let after = query(request, "after").map(unescaped).transpose()?;
-        // One more than asked for tells whether there is a next page.
-        let mut records = self.parts.records.list::<R>(after.as_deref(), limit + 1).await?;
-        let more = records.len() > limit;
-        records.truncate(limit);
-        let next = records.last().filter(|_| more).map(|r| r.id().to_string());
+        let after = query(request, "after").map(unescaped).transpose()?.unwrap_or_default();
+        let (records, next) = self.parts.records.list::<R>(&after, limit).await?;
         let items: Vec<Value> = records.iter().map(|r| Value::Object(self.shown(r, true))).collect();
         Ok(json_answer(StatusCode::OK, &json!({ "items": items, "next": next })))
     }

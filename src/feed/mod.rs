@@ -14,6 +14,9 @@ pub mod follower;
 pub mod records;
 pub mod store;
 
+#[cfg(test)]
+pub(crate) mod conformance;
+
 /// A life of the feed's data; revisions compare only within one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Epoch(pub Arc<str>);
@@ -218,6 +221,15 @@ pub trait Feed: Send + Sync + 'static {
 
     /// Reads all keys under a prefix, sorted, as of one revision.
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Cursor, Vec<Entry>), ReadError>>;
+
+    /// Reads up to `limit` keys under a prefix that sort after `after` (whole
+    /// keys; "" starts at the first), as of one revision.
+    fn page<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<(Cursor, Vec<Entry>), ReadError>>;
 
     /// Opens a lease that expires `ttl` after this process stopped renewing it.
     fn lease(&self, ttl: Duration) -> BoxFuture<'_, Result<Lease, WriteError>>;

@@ -232,16 +232,21 @@ impl Records {
         }
     }
 
-    /// All records of a kind by id, after `after`, at most `limit`.
+    /// Records of a kind by id, after the id `after`, at most `limit`; and the
+    /// id after which to go on, if there are more. Those that this version
+    /// cannot read are passed over.
     ///
     /// # Errors
     /// `Read`.
-    pub async fn list<R: Record>(&self, after: Option<&str>, limit: usize) -> Result<Vec<R>, RecordError> {
-        let (_, entries) = self.feed.list(R::PREFIX).await?;
-        let id_of = |entry: &Entry| entry.key.strip_prefix(R::PREFIX).map(str::to_owned);
-        let wanted = entries.iter().filter(|e| after.is_none_or(|after| id_of(e).as_deref() > Some(after)));
-        let records = wanted.filter_map(|entry| parse(&R::id_of(&id_of(entry)?)?, entry).ok());
-        Ok(records.take(limit).collect())
+    pub async fn list<R: Record>(&self, after: &str, limit: usize) -> Result<(Vec<R>, Option<String>), RecordError> {
+        let after = if after.is_empty() { String::new() } else { format!("{}{after}", R::PREFIX) };
+        let (_, mut entries) = self.feed.page(R::PREFIX, &after, limit + 1).await?;
+        let more = entries.len() > limit;
+        entries.truncate(limit);
+        let id = |entry: &Entry| entry.key.strip_prefix(R::PREFIX).map(str::to_owned);
+        let next = entries.last().filter(|_| more).and_then(id);
+        let read = |entry: &Entry| parse(&R::id_of(&id(entry)?)?, entry).ok();
+        Ok((entries.iter().filter_map(read).collect(), next))
     }
 
     /// Creates or replaces a record with its claims.

@@ -142,13 +142,14 @@ impl Body {
     }
 
     /// The origin's body broke off: so must ours, visibly.
-    fn break_off(&mut self) -> Error {
+    fn break_off(&mut self, why: &hyper::Error) -> Error {
+        let why = Error::within(why).unwrap_or(Error::OriginReset);
         let error = match &self.record {
             Some(record) => {
-                record.tally.fail(Error::OriginReset);
-                record.tally.failed().unwrap_or(Error::OriginReset)
+                record.tally.fail(why);
+                record.tally.failed().unwrap_or(why)
             }
-            None => Error::OriginReset,
+            None => why,
         };
         if let Some(pulse) = self.unframed.take() {
             pulse.abort();
@@ -187,7 +188,7 @@ impl HttpBody for Body {
                 }
                 Some(Ok(frame))
             }
-            Some(Err(_)) => Some(Err(self.break_off())),
+            Some(Err(why)) => Some(Err(self.break_off(&why))),
             None => {
                 self.finish();
                 None

@@ -278,7 +278,7 @@ impl<D: Dial> Http<D> {
 /// Why there is no answer.
 fn unanswered(error: &hyper::Error, tally: &Tally) -> Error {
     tracing::debug!(error = %Chain(error), "an origin gave no answer");
-    match tally.failed() {
+    match tally.failed().or_else(|| Error::within(error)) {
         Some(known) => known,
         None if error.is_parse() => Error::OriginProtocol,
         None => Error::OriginReset,

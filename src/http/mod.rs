@@ -40,24 +40,12 @@ use self::io::VisitorIo;
 use self::origin_tls::OriginTls;
 use self::pulse::{Pulse, Then};
 use self::record::{Record, Tally};
-use crate::dial::Dialed;
+use crate::dial::Dial;
 use crate::error::Error;
 use crate::model::{HostName, Visitor};
-use crate::routes::{Route, Routes};
+use crate::routes::Routes;
 use crate::stream::Stream;
 use crate::visit_log::{self, Visit, What};
-
-/// Finds a way to a socket's origin.
-pub trait Dial: Send + Sync + 'static {
-    /// An open stream to the origin of `route`, for this visitor.
-    ///
-    /// # Errors
-    /// Why there is none; the visitor is answered with its status.
-    ///
-    /// # Cancel safety
-    /// Dropped where the visitor leaves.
-    fn dial(&self, route: &Arc<Route>, visitor: &Visitor) -> impl Future<Output = Result<Dialed, Error>> + Send;
-}
 
 /// The HTTP version that a visitor's connection speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

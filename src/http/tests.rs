@@ -12,7 +12,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::dial::Dialed;
 use crate::model::{Socket, SocketType};
+use crate::routes::Route;
 use crate::visit_log::Sink;
 
 /// How long a test waits for what must happen.

@@ -160,9 +160,3 @@ impl Ingress {
         Ok((node, share))
     }
 }
-
-impl crate::http::Dial for Dialer {
-    async fn dial(&self, route: &Arc<crate::routes::Route>, visitor: &Visitor) -> Result<crate::dial::Dialed, Error> {
-        self.dial(route, visitor).await
-    }
-}

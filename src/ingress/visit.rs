@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 
 use super::hello::{self, Hello};
 use super::{Door, Ingress};
+use crate::dial::Dial;
 use crate::drain::Stages;
 use crate::error::Error;
 use crate::http::{Protocol, Tls, Via};
@@ -120,7 +121,7 @@ impl Ingress {
                 visit.bytes_up = relayed.up;
                 visit.bytes_down = relayed.down;
                 visit.first_byte = relayed.first_byte.map(|d| before + d);
-                visit.error = relayed.end.error();
+                visit.error = relayed.error();
             }
             Err(error) => {
                 visit.error = Some(error);

@@ -8,7 +8,8 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{Broken, Step, Tally};
+use super::way::{Broken, Step, Tally};
+use crate::error::Error;
 use crate::stream::Stream;
 
 thread_local! {
@@ -60,7 +61,10 @@ impl Copier {
         let mut buf = ReadBuf::new(shared);
         match Pin::new(from).poll_read(cx, &mut buf) {
             Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Read)),
+            Poll::Ready(Err(error)) => {
+                tally.why = Error::within(&error);
+                return Poll::Ready(Err(Broken::Read));
+            }
             Poll::Pending => {
                 // The reader will be a while: TLS must not sit on a record.
                 if self.unflushed

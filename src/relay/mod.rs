@@ -5,21 +5,19 @@
 
 mod copy;
 mod splice;
+mod way;
 
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::AsyncWrite;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
 use crate::fields::{Bytes, Fields};
 use crate::stream::{Duplex, Stream};
-use copy::Copier;
-use splice::Splicer;
+use way::{BULK_READ, Broken, State, Way};
 
 /// How relays behave.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +32,7 @@ pub struct RelaySettings {
     /// a TLS record has 16 KiB.
     pub copy_size: usize,
     /// Whether bulk between two bare TCP connections stays in the kernel. On:
-    /// a third of the CPU per byte (`benches/relay.rs`).
+    /// less than half of the CPU that copying costs per byte (`benches/relay.rs`).
     pub splice: bool,
     /// The size of a pipe for it. 256 KiB: above, little is won.
     pub pipe_size: usize,
@@ -95,6 +93,21 @@ pub struct Relayed {
     pub first_byte: Option<Duration>,
     /// How it ended.
     pub end: End,
+    /// Why, where the stream that broke knew.
+    pub why: Option<Error>,
+}
+
+impl Relayed {
+    /// Why the visit failed, if it did.
+    pub fn error(&self) -> Option<Error> {
+        match self.end {
+            End::Clean => None,
+            End::VisitorGone => self.why.or(Some(Error::VisitorGone)),
+            End::OriginLost => self.why.or(Some(Error::OriginReset)),
+            End::Idle => Some(Error::Idle),
+            End::Cut => Some(Error::Draining),
+        }
+    }
 }
 
 /// How a relay ended.
@@ -110,19 +123,6 @@ pub enum End {
     Idle,
     /// The caller had it cut.
     Cut,
-}
-
-impl End {
-    /// Why the visit failed, if it did.
-    pub fn error(self) -> Option<Error> {
-        match self {
-            End::Clean => None,
-            End::VisitorGone => Some(Error::VisitorGone),
-            End::OriginLost => Some(Error::OriginReset),
-            End::Idle => Some(Error::Idle),
-            End::Cut => Some(Error::Draining),
-        }
-    }
 }
 
 /// Relays until both directions have ended, one side breaks, nothing moves for
@@ -173,6 +173,7 @@ pub async fn relay(visitor: Stream, origin: Stream, settings: &RelaySettings, cu
         spliced: up.tally.spliced + down.tally.spliced,
         first_byte: down.tally.first.map(|at| at.duration_since(started)),
         end,
+        why: down.tally.why.or(up.tally.why),
     }
 }
 
@@ -198,7 +199,7 @@ fn poll_ways(
     }
     match (&up.state, &down.state) {
         (State::Done, State::Done) => Poll::Ready(End::Clean),
-        (State::Refused, _) if down.is_done() || down.has_nothing_to_write() => Poll::Ready(End::OriginLost),
+        (State::Refused, _) if down.is_done() || down.awaits_reader() => Poll::Ready(End::OriginLost),
         _ => Poll::Pending,
     }
 }
@@ -260,156 +261,6 @@ impl Watch {
             (self.moved, self.moved_at) = (moved, now);
         }
         now.duration_since(self.moved_at) >= self.limit
-    }
-}
-
-/// Which side of a direction broke.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Broken {
-    Read,
-    Write,
-}
-
-/// What one round of a direction did.
-enum Step {
-    /// So many bytes were read, and written or kept.
-    Read(usize),
-    /// The reader has said all.
-    End,
-    /// This cannot be spliced now.
-    Unable,
-}
-
-/// What a direction has moved.
-#[derive(Debug, Default)]
-struct Tally {
-    moved: u64,
-    spliced: u64,
-    first: Option<Instant>,
-}
-
-impl Tally {
-    fn read(&mut self) {
-        if self.first.is_none() {
-            self.first = Some(Instant::now());
-        }
-    }
-}
-
-#[derive(Debug, Default, PartialEq, Eq)]
-enum State {
-    #[default]
-    Open,
-    /// All is written; the writer is being told that this is the end.
-    Closing,
-    Done,
-    /// The writer takes nothing more.
-    Refused,
-}
-
-/// One direction.
-#[derive(Debug, Default)]
-struct Way {
-    state: State,
-    copier: Copier,
-    splicer: Splicer,
-    splicing: bool,
-    /// Reads in a row that speak for the other mode.
-    turns: u32,
-    /// Large reads to let pass before splice is tried again.
-    patience: u32,
-    tally: Tally,
-}
-
-/// A read of this much is bulk (measured: splice pays from 16 KiB a read on,
-/// and costs below 4 KiB).
-const BULK_READ: usize = 16 << 10;
-/// Bulk reads in a row after which a direction splices.
-const BULK_READS: u32 = 2;
-/// Small splices in a row after which it copies again.
-const SMALL_SPLICES: u32 = 8;
-/// Bulk reads to copy where no pipe was to be had, before asking again.
-const PATIENCE: u32 = 64;
-/// Bytes after which a direction lets other tasks run.
-const SHARE: usize = 1 << 20;
-
-impl Way {
-    fn is_done(&self) -> bool {
-        self.state == State::Done
-    }
-
-    fn has_nothing_to_write(&self) -> bool {
-        self.copier.is_empty() && self.splicer.is_empty()
-    }
-
-    /// Moves what can be moved now. Ready once the direction has ended.
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        from: &mut Stream,
-        to: &mut Stream,
-        settings: &RelaySettings,
-    ) -> Poll<Result<(), Broken>> {
-        let mut share = SHARE;
-        loop {
-            match self.state {
-                State::Open => {}
-                State::Closing => {
-                    ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(|_| Broken::Write)?;
-                    self.state = State::Done;
-                }
-                State::Done | State::Refused => return Poll::Ready(Ok(())),
-            }
-            if self.state != State::Open {
-                continue;
-            }
-            if share == 0 {
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
-            }
-            let spliced = match (from.as_tcp(), to.as_tcp()) {
-                (Some(from), Some(to)) if self.splicing => {
-                    Some(ready!(self.splicer.poll(cx, from, to, settings, &mut self.tally))?)
-                }
-                _ => None,
-            };
-            let step = match spliced {
-                Some(step) => step,
-                None => ready!(self.copier.poll(cx, from, to, settings.copy_size, &mut self.tally))?,
-            };
-            match step {
-                Step::Read(read) => {
-                    share = share.saturating_sub(read);
-                    self.choose(read, from, to, settings);
-                }
-                Step::End => self.state = State::Closing,
-                Step::Unable => {
-                    self.splicing = false;
-                    self.patience = PATIENCE;
-                }
-            }
-        }
-    }
-
-    /// Copy or splice from here on? Starts with copy, which is cheaper for
-    /// small messages and needs no descriptors.
-    fn choose(&mut self, read: usize, from: &Stream, to: &Stream, settings: &RelaySettings) {
-        let bulk = read >= BULK_READ;
-        self.turns = if bulk == self.splicing { 0 } else { self.turns + 1 };
-        if self.splicing {
-            if self.turns >= SMALL_SPLICES && self.splicer.is_empty() {
-                self.splicer.release();
-                (self.splicing, self.turns) = (false, 0);
-            }
-            return;
-        }
-        self.patience = self.patience.saturating_sub(u32::from(bulk));
-        let able = settings.splice && self.patience == 0 && from.as_tcp().is_some() && to.as_tcp().is_some();
-        if self.turns >= BULK_READS && able && self.copier.is_empty() {
-            self.turns = 0;
-            self.splicing = self.splicer.prepare(settings);
-            self.patience = if self.splicing { 0 } else { PATIENCE };
-        }
     }
 }
 

@@ -13,7 +13,8 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_siz
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use super::{Broken, RelaySettings, Step, Tally};
+use super::RelaySettings;
+use super::way::{Broken, Step, Tally};
 
 /// A pipe, and how many bytes are in it.
 #[derive(Debug)]

@@ -1,10 +1,12 @@
+use super::way::SMALL_SPLICES;
 use super::*;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::pin::Pin;
 
 use aws_lc_rs::digest::{Context as Digest, SHA256};
 use proptest::prelude::*;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
@@ -116,7 +118,7 @@ async fn a_visitor_keeps_the_answer_after_closing_its_side() {
         assert_clean_half_closes(scene.visitor, scene.origin).await;
         let relayed = soon(scene.relay).await.unwrap();
         assert_eq!((relayed.up, relayed.down, relayed.end), (3 << 20, 12, End::Clean));
-        assert!(relayed.first_byte.is_some() && relayed.end.error().is_none());
+        assert!(relayed.first_byte.is_some() && relayed.error().is_none());
     }
     let scene = duplex_scene(RelaySettings::default());
     assert_clean_half_closes(scene.visitor, scene.origin).await;
@@ -146,7 +148,7 @@ async fn nothing_said_is_a_clean_end_of_zero_bytes() {
     scene.origin.shutdown().await.unwrap();
     assert_eq!(soon(scene.visitor.read(&mut [0; 8])).await.unwrap(), 0);
     let relayed = soon(scene.relay).await.unwrap();
-    assert_eq!(relayed, Relayed { up: 0, down: 0, spliced: 0, first_byte: None, end: End::Clean });
+    assert_eq!(relayed, Relayed { up: 0, down: 0, spliced: 0, first_byte: None, end: End::Clean, why: None });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -218,7 +220,7 @@ async fn a_reset_of_one_side_reaches_the_other_as_one() {
         Stream::tcp(scene.origin).reset();
         let relayed = soon(scene.relay).await.unwrap();
         assert_eq!((relayed.down, relayed.end), (14, End::OriginLost));
-        assert_eq!(relayed.end.error(), Some(Error::OriginReset));
+        assert_eq!(relayed.error(), Some(Error::OriginReset));
         assert_reset(scene.visitor).await;
     }
 }
@@ -267,6 +269,44 @@ async fn an_early_answer_arrives_although_the_origin_refuses_the_rest() {
     assert_eq!(soon(relay).await.unwrap().end, End::OriginLost);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_early_answer_arrives_whole_although_the_origin_refuses_the_rest() {
+    // One that takes nothing, and has much to say.
+    struct Refusing(std::io::Cursor<Vec<u8>>);
+    impl AsyncRead for Refusing {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut tokio::io::ReadBuf<'_>,
+        ) -> Poll<std::io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+    impl AsyncWrite for Refusing {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<std::io::Result<usize>> {
+            Poll::Ready(Err(ErrorKind::BrokenPipe.into()))
+        }
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+    impl Duplex for Refusing {
+        fn reset(&mut self) {}
+    }
+    let (mut visitor, edge) = duplex(1 << 10);
+    let answer = pattern(19, 8 << 20);
+    let origin = Stream::other(Refusing(std::io::Cursor::new(answer.clone())));
+    let (relay, _cut) = start(Stream::other(edge), origin, RelaySettings::default());
+    visitor.write_all(b"upload").await.unwrap();
+    let mut heard = Vec::new();
+    soon(visitor.read_to_end(&mut heard)).await.unwrap();
+    assert!(heard == answer);
+    assert_eq!(soon(relay).await.unwrap().end, End::OriginLost);
+}
+
 #[tokio::test]
 async fn a_quiet_relay_ends_at_its_idle_limit_and_a_busy_one_does_not() {
     let mut scene = tcp_scene(impatient()).await;
@@ -279,7 +319,7 @@ async fn a_quiet_relay_ends_at_its_idle_limit_and_a_busy_one_does_not() {
     }
     let relayed = soon(scene.relay).await.unwrap();
     assert!(started.elapsed() >= Duration::from_millis(1400), "{:?}", started.elapsed());
-    assert_eq!((relayed.down, relayed.end, relayed.end.error()), (8, End::Idle, Some(Error::Idle)));
+    assert_eq!((relayed.down, relayed.end, relayed.error()), (8, End::Idle, Some(Error::Idle)));
     assert_reset(scene.visitor).await;
     assert_reset(scene.origin).await;
 }

@@ -201,8 +201,10 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
     let mut n = 0;
     while n < WRITES {
         random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        let die_after = Duration::from_millis(u64::from(random >> 16) % 400 + 50);
+        // Somewhere inside a later write than this one.
+        let last = n + 20 + (random >> 16) % 80;
         let addr = node.addr("control");
+        let (progress, mut written) = tokio::sync::watch::channel(n);
         let writer = tokio::spawn(async move {
             let mut done = Vec::new();
             for n in n..WRITES {
@@ -210,10 +212,12 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
                     break;
                 }
                 done.push(n);
+                progress.send_replace(n);
             }
             done
         });
-        tokio::time::sleep(die_after).await;
+        let _ = within(DEADLINE, "some writes", written.wait_for(|n| *n >= last.min(WRITES - 1))).await;
+        tokio::time::sleep(Duration::from_micros(u64::from(random >> 20) % 3000)).await;
         node.kill9();
         kills += 1;
         let done = within(DEADLINE, "the writer", writer).await.unwrap();
@@ -223,7 +227,7 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
         // The write in flight may have happened or not; it is tried again.
     }
     eprintln!("{} writes, {kills} kills", acknowledged.len());
-    assert!(acknowledged.len() >= WRITES as usize && kills >= 3);
+    assert!(acknowledged.len() >= WRITES as usize && kills >= 8);
     for n in (0..WRITES).step_by(7).chain([WRITES - 1]) {
         let (status, record) = node.api("GET", &format!("/v1/sockets/s{n}"), None).await;
         assert_eq!((status, &record["x-n"]), (200, &json!(n)));
