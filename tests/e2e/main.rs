@@ -13,6 +13,7 @@ mod clients;
 mod faults;
 mod harness_itself;
 mod limits;
+mod network;
 mod operator;
 mod owners;
 mod shortage;
