@@ -15,6 +15,12 @@ pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {
     /// Ends the stream so that the far end can tell it from a clean end
     /// (TCP: RST). Called once, right before the stream is dropped.
     fn reset(&mut self);
+
+    /// Whether the far end has broken the stream off, for one who does not
+    /// read now and so would not learn it. True once: what tells it forgets it.
+    fn broken(&self) -> bool {
+        false
+    }
 }
 
 enum Io {
@@ -74,6 +80,13 @@ impl Duplex for Stream {
             Io::Other(io) => io.reset(),
         }
     }
+
+    fn broken(&self) -> bool {
+        match &self.io {
+            Io::Tcp(tcp) => Duplex::broken(tcp),
+            Io::Other(io) => io.broken(),
+        }
+    }
 }
 
 impl Duplex for TcpStream {
@@ -81,17 +94,29 @@ impl Duplex for TcpStream {
         // SO_LINGER 0: close(2) sends RST and drops what is queued.
         let _ = socket2::SockRef::from(&*self).set_linger(Some(std::time::Duration::ZERO));
     }
+
+    fn broken(&self) -> bool {
+        !matches!(self.take_error(), Ok(None))
+    }
 }
 
 impl<S: Duplex> Duplex for tokio_rustls::server::TlsStream<S> {
     fn reset(&mut self) {
         self.get_mut().0.reset();
     }
+
+    fn broken(&self) -> bool {
+        self.get_ref().0.broken()
+    }
 }
 
 impl<S: Duplex> Duplex for tokio_rustls::client::TlsStream<S> {
     fn reset(&mut self) {
         self.get_mut().0.reset();
+    }
+
+    fn broken(&self) -> bool {
+        self.get_ref().0.broken()
     }
 }
 

@@ -100,6 +100,7 @@ impl<D: Dial> Http<D> {
             record.tally.fail(Error::BadRequest);
             return Ok(answer::no_connect(asker).into());
         }
+        headers::check_count(parts.version, &parts.headers, self.settings.headers_max)?;
         headers::check_framing(parts.version, &parts.headers)?;
         let target = headers::origin_target(&parts.method, &parts.uri)?;
         let authority = headers::authority(parts.version, &parts.method, &parts.uri, &parts.headers)?;

@@ -78,6 +78,18 @@ pub fn authority(
     Ok(Some(Authority { text: text.to_owned(), host }))
 }
 
+/// Refuses an HTTP/2 head with more than `max` fields: the library counts them
+/// for HTTP/1 alone. Cookies may come one a field there (RFC 9113 §8.2.3) and
+/// count as the one that they become.
+///
+/// # Errors
+/// `HeadTooLarge`.
+pub fn check_count(version: Version, headers: &HeaderMap, max: usize) -> Result<(), Error> {
+    let crumbs = headers.get_all(COOKIE).iter().count();
+    let fields = headers.len() - crumbs.saturating_sub(1);
+    if version == Version::HTTP_2 && fields > max { Err(Error::HeadTooLarge) } else { Ok(()) }
+}
+
 /// Refuses a head whose body length can be read in two ways (RFC 9112 §6.3).
 ///
 /// # Errors
@@ -394,6 +406,15 @@ mod tests {
         ] {
             assert_eq!(host_of(version, uri, lines), Err(Error::BadRequest), "{version:?} {uri} {lines:?}");
         }
+    }
+
+    #[test]
+    fn fields_are_counted_with_all_cookies_as_one() {
+        let fits = |version, lines: &[_]| check_count(version, &map(lines), 2).is_ok();
+        assert!(fits(Version::HTTP_2, &[("a", "1"), ("a", "2")]));
+        assert!(!fits(Version::HTTP_2, &[("a", "1"), ("a", "2"), ("b", "3")]));
+        assert!(fits(Version::HTTP_2, &[("cookie", "1"), ("cookie", "2"), ("cookie", "3"), ("a", "4")]));
+        assert!(fits(Version::HTTP_11, &[("a", "1"), ("b", "2"), ("c", "3")]), "counted before");
     }
 
     #[test]

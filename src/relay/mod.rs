@@ -140,7 +140,7 @@ pub async fn relay(visitor: Stream, origin: Stream, settings: &RelaySettings, cu
     let mut cut = std::pin::pin!(cut.cancelled());
     let mut watch = Watch::new(started, settings.idle);
     let mut timer = std::pin::pin!(tokio::time::sleep_until(watch.next(false)));
-    let mut half_closed = false;
+    let mut watchful = false;
 
     let end = poll_fn(|cx| {
         if cut.as_mut().poll(cx).is_ready() {
@@ -149,18 +149,20 @@ pub async fn relay(visitor: Stream, origin: Stream, settings: &RelaySettings, cu
         if let Poll::Ready(end) = poll_ways(cx, &mut ends, &mut up, &mut down, settings) {
             return Poll::Ready(end);
         }
-        if (up.is_done() || down.is_done()) && !half_closed {
-            half_closed = true;
+        let unread = !up.reads() || down.is_done();
+        if unread && !watchful {
+            watchful = true;
             timer.as_mut().reset(watch.next(true));
         }
         while timer.as_mut().poll(cx).is_ready() {
-            if half_closed && let Some(end) = ends.broken_behind(&up, &down) {
+            if let Some(end) = ends.broken_behind(&up, &down) {
                 return Poll::Ready(end);
             }
             if watch.is_idle(up.tally.moved + down.tally.moved, Instant::now()) {
                 return Poll::Ready(End::Idle);
             }
-            timer.as_mut().reset(watch.next(half_closed));
+            watchful = unread;
+            timer.as_mut().reset(watch.next(watchful));
         }
         Poll::Pending
     })
@@ -212,17 +214,14 @@ struct Ends {
 }
 
 impl Ends {
-    /// Whether a side that has ended its own direction has broken since: it is
-    /// not read any more, so only the socket's error tells.
+    /// Whether a side that is not read now has broken: one that has ended its
+    /// own direction, and a visitor whose bytes the origin does not take. (What
+    /// a broken origin sent is still worth delivering.)
     fn broken_behind(&self, up: &Way, down: &Way) -> Option<End> {
-        let broken = |way: &Way, from: &Stream| {
-            way.is_done() && from.as_tcp().is_some_and(|tcp| !matches!(tcp.take_error(), Ok(None)))
-        };
-        match (broken(up, &self.visitor), broken(down, &self.origin)) {
-            (true, _) => Some(End::VisitorGone),
-            (_, true) => Some(End::OriginLost),
-            _ => None,
+        if !up.reads() && self.visitor.broken() {
+            return Some(End::VisitorGone);
         }
+        (down.is_done() && self.origin.broken()).then_some(End::OriginLost)
     }
 }
 
@@ -248,11 +247,11 @@ impl Watch {
         Self { limit, moved: 0, moved_at: now }
     }
 
-    fn next(&self, half_closed: bool) -> Instant {
+    fn next(&self, watchful: bool) -> Instant {
         let quarter = self.limit / 4;
-        // Half-closed relays are few, and a second is prompt enough to notice
-        // that the silent side is gone.
-        let pause = if half_closed { quarter.min(Duration::from_secs(1)) } else { quarter };
+        // Relays with a side that is not read are few, and a second is prompt
+        // enough to notice that it is gone.
+        let pause = if watchful { quarter.min(Duration::from_secs(1)) } else { quarter };
         Instant::now() + pause.max(Duration::from_millis(1))
     }
 

@@ -251,6 +251,20 @@ async fn a_visitor_that_breaks_after_closing_its_side_is_noticed() {
 }
 
 #[tokio::test]
+async fn a_visitor_that_breaks_while_its_upload_waits_is_noticed() {
+    for settings in [RelaySettings::default(), copying()] {
+        let mut scene = tcp_scene(settings).await;
+        let bytes = pattern(17, 64 << 10);
+        // The origin takes nothing: as much as the kernel does, then no more.
+        while let Ok(Ok(())) = tokio::time::timeout(Duration::from_millis(200), scene.visitor.write_all(&bytes)).await {
+        }
+        Stream::tcp(scene.visitor).reset();
+        assert_eq!(soon(scene.relay).await.unwrap().end, End::VisitorGone);
+        drop(scene.origin);
+    }
+}
+
+#[tokio::test]
 async fn an_early_answer_arrives_although_the_origin_refuses_the_rest() {
     let (mut visitor, edge) = duplex(1 << 16);
     let (mut origin, tunnel) = tcp_pair().await;

@@ -79,6 +79,11 @@ impl Way {
         self.state == State::Done
     }
 
+    /// Whether it reads, rather than waiting for its writer or being over.
+    pub(super) fn reads(&self) -> bool {
+        self.state == State::Open && self.copier.is_empty() && self.splicer.is_empty()
+    }
+
     /// Whether what keeps it pending is the reader, that has nothing now.
     pub(super) fn awaits_reader(&self) -> bool {
         // Out of budget, tokio's sockets are pending without having looked.

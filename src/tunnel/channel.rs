@@ -21,7 +21,7 @@ use russh::server::Msg;
 use russh::{Channel, ChannelMsg, ChannelReadHalf, ChannelWriteHalf};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::error::Error;
 use crate::limits::Permit;
@@ -59,6 +59,9 @@ pub(super) struct Shared {
     queued: AtomicUsize,
     /// Channels whose visitor holds the session up now.
     held: AtomicUsize,
+    /// When it began that visitors hold the session up, one after another, and
+    /// when the last of them ended.
+    streak: Mutex<Option<(Instant, Instant)>>,
 }
 
 impl Shared {
@@ -100,6 +103,9 @@ enum Ours {
 struct State {
     inbox: VecDeque<Bytes>,
     inbox_bytes: usize,
+    /// Since when bytes have waited of which the visitor took less than
+    /// `stall_floor`, and how many it has taken since.
+    waits_since: Instant,
     taken: usize,
     end: Option<End>,
     outbox: VecDeque<Bytes>,
@@ -138,26 +144,7 @@ impl SshStream {
         hold_eof: bool,
         permits: Vec<Permit>,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
-        let pipe = Arc::new(Pipe {
-            state: Mutex::new(State {
-                inbox: VecDeque::new(),
-                inbox_bytes: 0,
-                taken: 0,
-                end: None,
-                outbox: VecDeque::new(),
-                outbox_bytes: 0,
-                ours: Ours::Open,
-                pump_gone: false,
-                reader: None,
-                writer: None,
-            }),
-            room: Notify::new(),
-            work: Notify::new(),
-            shared,
-            settings,
-            hold_eof,
-            _permits: permits,
-        });
+        let pipe = Arc::new(Pipe::new(shared, settings, hold_eof, permits));
         let (read, write) = channel.split();
         let pump = pump(Arc::clone(&pipe), read, write);
         (Self { pipe }, pump)
@@ -241,6 +228,30 @@ async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
 }
 
 impl Pipe {
+    fn new(shared: Arc<Shared>, settings: Arc<ChannelSettings>, hold_eof: bool, permits: Vec<Permit>) -> Self {
+        Self {
+            state: Mutex::new(State {
+                inbox: VecDeque::new(),
+                inbox_bytes: 0,
+                waits_since: Instant::now(),
+                taken: 0,
+                end: None,
+                outbox: VecDeque::new(),
+                outbox_bytes: 0,
+                ours: Ours::Open,
+                pump_gone: false,
+                reader: None,
+                writer: None,
+            }),
+            room: Notify::new(),
+            work: Notify::new(),
+            shared,
+            settings,
+            hold_eof,
+            _permits: permits,
+        }
+    }
+
     /// Queues bytes for the visitor, if there is room.
     fn offer(&self, data: &Bytes) -> bool {
         let mut state = self.state.lock();
@@ -255,6 +266,8 @@ impl Pipe {
             if state.inbox_bytes + data.len() > self.settings.channel_buffer.min(share) {
                 return false;
             }
+        } else {
+            (state.waits_since, state.taken) = (Instant::now(), 0);
         }
         state.inbox_bytes += data.len();
         self.shared.queued.fetch_add(data.len(), Ordering::Relaxed);
@@ -267,11 +280,14 @@ impl Pipe {
 
     /// Waits for room: the session is held up meanwhile. `false`: the visitor
     /// took less than `stall_floor` within `stall_deadline`.
+    ///
+    /// That time runs from when this visitor stopped, though not from before
+    /// anybody held the session up: of many who stopped together the first is
+    /// waited for, and the others have had their time by then.
     async fn hold(&self, data: &Bytes) -> bool {
-        let _held = Held::new(&self.shared);
+        let held = Held::new(&self.shared, self.settings.stall_deadline);
         loop {
-            let before = self.state.lock().taken;
-            let deadline = tokio::time::Instant::now() + self.settings.stall_deadline;
+            let deadline = self.state.lock().waits_since.max(held.streak) + self.settings.stall_deadline;
             loop {
                 let room = self.room.notified();
                 if self.offer(data) {
@@ -284,7 +300,7 @@ impl Pipe {
             if self.offer(data) {
                 return true;
             }
-            if self.state.lock().taken.wrapping_sub(before) < self.settings.stall_floor {
+            if self.state.lock().waits_since + self.settings.stall_deadline <= Instant::now() {
                 metrics::counter!("adit_visitors_stalled_total").increment(1);
                 return false;
             }
@@ -364,18 +380,28 @@ impl Drop for PumpGone<'_> {
 }
 
 /// Counts a held-up session while it lives.
-struct Held<'a>(&'a Shared);
+struct Held<'a> {
+    shared: &'a Shared,
+    /// When it began that visitors hold the session up one after another.
+    streak: Instant,
+}
 
 impl<'a> Held<'a> {
-    fn new(shared: &'a Shared) -> Self {
+    /// Holds that follow each other within `pause` are one streak.
+    fn new(shared: &'a Shared, pause: Duration) -> Self {
+        let now = Instant::now();
+        let mut streak = shared.streak.lock();
+        let goes_on = streak.filter(|(_, last)| shared.is_held() || *last + pause > now);
+        let streak = streak.insert((goes_on.map_or(now, |(began, _)| began), now)).0;
         shared.held.fetch_add(1, Ordering::AcqRel);
-        Self(shared)
+        Self { shared, streak }
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        self.0.held.fetch_sub(1, Ordering::AcqRel);
+        *self.shared.streak.lock() = Some((self.streak, Instant::now()));
+        self.shared.held.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -396,7 +422,10 @@ impl AsyncRead for SshStream {
         }
         if moved > 0 {
             state.inbox_bytes -= moved;
-            state.taken = state.taken.wrapping_add(moved);
+            state.taken += moved;
+            if state.taken >= pipe.settings.stall_floor {
+                (state.waits_since, state.taken) = (Instant::now(), 0);
+            }
             drop(state);
             pipe.shared.queued.fetch_sub(moved, Ordering::Relaxed);
             pipe.room.notify_one();
@@ -456,5 +485,58 @@ impl Duplex for SshStream {
 impl Drop for SshStream {
     fn drop(&mut self) {
         self.pipe.set_ours(Ours::Dropped);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    fn pipe(shared: &Arc<Shared>) -> Arc<Pipe> {
+        let settings =
+            ChannelSettings { channel_buffer: 100, tunnel_buffer: 1 << 20, stall_deadline: DEADLINE, stall_floor: 50 };
+        Arc::new(Pipe::new(Arc::clone(shared), Arc::new(settings), false, Vec::new()))
+    }
+
+    async fn held_for(pipe: &Pipe, data: &Bytes) -> (bool, Duration) {
+        let begun = Instant::now();
+        (pipe.hold(data).await, begun.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_who_stopped_together_hold_the_session_up_for_one_deadline() {
+        let shared = Arc::default();
+        let (first, second, fresh) = (pipe(&shared), pipe(&shared), pipe(&shared));
+        let data = Bytes::from(vec![0; 80]);
+        assert!(first.offer(&data) && second.offer(&data));
+        // Nobody is in the way yet: however long they have waited, the time begins now.
+        tokio::time::sleep(DEADLINE * 3).await;
+        assert_eq!(held_for(&first, &data).await, (false, DEADLINE));
+        assert_eq!(held_for(&second, &data).await, (false, Duration::ZERO));
+        assert!(fresh.offer(&data));
+        assert_eq!(held_for(&fresh, &data).await, (false, DEADLINE));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_takes_the_floor_in_each_deadline_is_never_given_up() {
+        let pipe = pipe(&Arc::default());
+        let data = Bytes::from(vec![0; 90]);
+        assert!(pipe.offer(&data));
+        let mut stream = SshStream { pipe: Arc::clone(&pipe) };
+        let slow = tokio::spawn(async move {
+            let mut read = 0;
+            while read < 500 {
+                tokio::time::sleep(DEADLINE * 9 / 10).await;
+                read += tokio::io::AsyncReadExt::read(&mut stream, &mut [0; 60]).await.unwrap();
+            }
+            stream
+        });
+        for _ in 0..5 {
+            assert!(pipe.offer(&data) || pipe.hold(&data).await);
+        }
+        drop(slow.await.unwrap());
+        assert_eq!(pipe.shared.queued(), 0);
     }
 }

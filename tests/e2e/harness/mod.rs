@@ -11,7 +11,8 @@ mod websocket;
 
 use std::time::Duration;
 
-pub use node::{Node, NodeOpts};
+#[allow(unused_imports)]
+pub use node::{Node, NodeOpts, Usage};
 pub use origin::{Body, Origin, pattern_body};
 pub use pattern::Pattern;
 pub use program::Program;
@@ -25,6 +26,15 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 /// The full size with `ADIT_LONG=1`, else the short one.
 pub fn size(full: u64, short: u64) -> u64 {
     if std::env::var_os("ADIT_LONG").is_some_and(|v| v == "1") { full } else { short }
+}
+
+/// Whether the long scenarios are asked for; says so where they are not.
+pub fn long() -> bool {
+    let asked = size(1, 0) == 1;
+    if !asked {
+        eprintln!("skipped: only with ADIT_LONG=1");
+    }
+    asked
 }
 
 /// Awaits `step`; panics by `what` where it takes too long.

@@ -18,9 +18,17 @@ use super::{DEADLINE, Key, Program, request, within};
 pub struct NodeOpts {
     settings: Vec<(String, String)>,
     ipv6: bool,
+    under: Vec<String>,
 }
 
 impl NodeOpts {
+    /// Started by this command, which must exec what follows it.
+    #[must_use]
+    pub fn under(mut self, command: &[&str]) -> Self {
+        self.under = command.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
     /// One more line of a section, over the harness's: `("ssh", "mode = \"closed\"")`.
     #[must_use]
     pub fn set(mut self, section: &str, line: &str) -> Self {
@@ -44,6 +52,7 @@ pub struct Node {
     pub ip: IpAddr,
     /// The key that `Ssh` logs in with unless told otherwise.
     pub key: Key,
+    under: Vec<String>,
     listening: BTreeMap<String, Vec<SocketAddr>>,
 }
 
@@ -59,7 +68,7 @@ impl Node {
         let ip = own_address();
         std::fs::write(dir.path().join("adit.toml"), settings(ip, &opts)).unwrap();
         let key = Key::new(dir.path(), "ed25519");
-        let mut node = Self { dir, program: None, ip, key, listening: BTreeMap::new() };
+        let mut node = Self { dir, program: None, ip, key, under: opts.under, listening: BTreeMap::new() };
         node.launch().await;
         node
     }
@@ -67,8 +76,9 @@ impl Node {
     async fn launch(&mut self) {
         let listening = self.state().join("listening.json");
         let _ = std::fs::remove_file(&listening);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_adit"));
-        command.arg("run").arg("--config").arg(self.dir.path().join("adit.toml"));
+        let mut words = self.under.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_adit")]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).arg("run").arg("--config").arg(self.dir.path().join("adit.toml"));
         command.arg("--state").arg(self.state()).env("RUST_BACKTRACE", "1").env_remove("ADIT_STATE");
         let program = self.program.insert(Program::start("adit", command));
         let by = Instant::now() + DEADLINE;
@@ -110,6 +120,11 @@ impl Node {
     /// Its log so far.
     pub fn log(&self) -> String {
         self.program.as_ref().unwrap().output()
+    }
+
+    /// What it uses now.
+    pub fn usage(&self) -> Usage {
+        Usage::of(self.program.as_ref().unwrap().pid())
     }
 
     /// Tells it to drain (SIGTERM) without waiting.
@@ -154,6 +169,36 @@ impl Node {
         let (status, record) = self.api("GET", &format!("/v1/sockets/{socket}"), None).await;
         assert_eq!(status, 200, "socket {socket}: {record}");
         u16::try_from(record["ports"][0].as_u64().expect("a port")).unwrap()
+    }
+}
+
+/// What a process uses, as the kernel tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Resident memory, in bytes.
+    pub memory: u64,
+    /// Open descriptors.
+    pub descriptors: usize,
+    /// Processor time of all its threads since its start.
+    pub cpu: Duration,
+}
+
+impl Usage {
+    fn of(pid: u32) -> Self {
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+        let status = read("status");
+        let resident = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
+        let kib: u64 = resident.split_whitespace().next().unwrap().parse().unwrap();
+        // proc_pid_stat(5): the name may hold anything; utime and stime are fields 14 and 15.
+        let stat = read("stat");
+        let ticks = stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2);
+        let ticks: u64 = ticks.map(|n| n.parse::<u64>().unwrap()).sum();
+        Self {
+            memory: kib << 10,
+            descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(),
+            // USER_HZ is 100 on every Linux of today.
+            cpu: Duration::from_millis(ticks * 10),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The real OpenSSH client, and keys made by ssh-keygen.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -68,6 +68,8 @@ pub struct SshOpts {
     pub batch: bool,
     /// More arguments.
     pub extra: Vec<String>,
+    /// Started by this command, which must exec what follows it.
+    pub under: Vec<String>,
 }
 
 /// What the client asks for besides forwards.
@@ -94,6 +96,7 @@ impl SshOpts {
             port: None,
             batch: true,
             extra: Vec::new(),
+            under: Vec::new(),
         }
     }
 
@@ -134,9 +137,14 @@ impl Ssh {
 
     /// Starts it without waiting for anything: for refusals.
     pub fn launch(node: &Node, opts: SshOpts) -> Self {
-        let addr = node.addr_on("ssh", opts.ip.unwrap_or(node.ip));
+        let addr = match (opts.ip, opts.port) {
+            (Some(ip), Some(port)) => SocketAddr::new(ip, port),
+            (ip, _) => node.addr_on("ssh", ip.unwrap_or(node.ip)),
+        };
         let key = opts.key.as_ref().unwrap_or(&node.key);
-        let mut command = Command::new("ssh");
+        let mut words = opts.under.iter().map(String::as_str).chain(["ssh"]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words);
         let port = opts.port.unwrap_or(addr.port());
         command.args(["-v", "-F", "none", "-p", &port.to_string(), "-l", &opts.user]);
         command.arg("-i").arg(&key.path).env_remove("SSH_AUTH_SOCK");
