@@ -309,9 +309,8 @@ impl Pipe {
 
     fn finish(&self, end: End) {
         let mut state = self.state.lock();
-        if state.end.is_none() || end != End::Clean {
-            state.end = Some(end);
-        }
+        // After the origin's EOF its answer is complete, whatever comes later.
+        state.end.get_or_insert(end);
         for waker in [state.reader.take(), state.writer.take()].into_iter().flatten() {
             waker.wake();
         }

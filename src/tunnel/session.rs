@@ -204,25 +204,31 @@ impl Session {
         // At once after the login: the first visitor's order may depend on it.
         let mut pause = Duration::ZERO;
         loop {
-            let (patience, asked) = tokio::select! {
-                () = sleep(pause) => (deadline, false),
-                () = self.suspect.notified() => (deadline / 3, true),
+            let asked = tokio::select! {
+                () = sleep(pause) => false,
+                () = self.suspect.notified() => true,
             };
             pause = interval;
             let start = Instant::now();
+            let mut patience = if asked { deadline / 3 } else { deadline };
             // Answered with REQUEST_FAILURE: nobody has such a forward.
             let probe = handle.cancel_forward_tcpip("rtt@adit".to_owned(), 0);
             tokio::pin!(probe);
             loop {
-                match timeout(patience, &mut probe).await {
-                    Ok(_) => {
+                tokio::select! {
+                    _ = &mut probe => {
                         let us = start.elapsed().as_micros().clamp(1, u128::from(u64::MAX));
                         self.rtt_us.store(u64::try_from(us).unwrap_or(u64::MAX), Ordering::Relaxed);
                         metrics::histogram!("adit_tunnel_rtt_seconds").record(start.elapsed().as_secs_f64());
                         break;
                     }
-                    Err(_) if self.shared.is_held() => {}
-                    Err(_) => {
+                    // The question is asked already; the answer is more urgent now.
+                    () = self.suspect.notified() => patience = patience.min(start.elapsed() + deadline / 3),
+                    () = sleep(patience.saturating_sub(start.elapsed())) => {
+                        if self.shared.is_held() {
+                            patience += deadline / 3;
+                            continue;
+                        }
                         tracing::info!(session = self.id, peer = %self.peer, asked, "the peer does not answer; session ended");
                         metrics::counter!("adit_sessions_dead_total").increment(1);
                         self.kill();
