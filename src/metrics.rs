@@ -22,7 +22,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
     ("adit_ssh_login_timeouts_total", Unit::Count, "SSH connections that did not log in in time"),
     ("adit_sessions_dead_total", Unit::Count, "SSH sessions ended because the peer did not answer"),
     ("adit_store_write_failures_total", Unit::Count, "Transactions that the disk did not take"),
-    ("adit_bad_records_total", Unit::Count, "Records of the feed that were refused"),
+    ("adit_feed_records_refused_total", Unit::Count, "Records of the feed that were refused, by kind"),
     ("adit_port_bind_failures_total", Unit::Count, "Sockets' own ports that could not be opened"),
 ];
 
@@ -30,7 +30,6 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
 const GAUGES: &[(&str, Unit, &str)] = &[
     ("adit_visitors", Unit::Count, "Visitors' connections open now, by door"),
     ("adit_tunnels_attached", Unit::Count, "Tunnels that live sessions serve, standbys included"),
-    ("adit_sockets", Unit::Count, "Sockets in the route table"),
     ("adit_sessions", Unit::Count, "SSH sessions logged in"),
     ("adit_ready", Unit::Count, "1 while the node takes visitors"),
 ];

@@ -7,7 +7,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -16,12 +16,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::control::{self, Control};
+use crate::control::{self, ControlSettings, ControlState};
 use crate::dial::Dialer;
 use crate::drain::{DrainSettings, Stages};
 use crate::feed::Feed;
 use crate::feed::follower::Follower;
-use crate::feed::records::Records;
+use crate::feed::records::{RecordSettings, Records};
 use crate::feed::store::Store;
 use crate::http::{Http, HttpSettings};
 use crate::ingress::{self, Door, Ingress, Ports, listener};
@@ -114,11 +114,13 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         Store::open(&state.file("store.db"), config.store.clone()).map_err(|e| Failure::Start(e.to_string()))?;
     let feed: Arc<dyn Feed> = Arc::clone(&store) as _;
     let routes = Arc::new(Routes::default());
-    let domain = config.node.domain.as_ref().map(ToString::to_string);
-    let records = Arc::new(Records::new(Arc::clone(&feed), config.ingress.ports, domain));
-    let follower =
-        Follower::start(Arc::clone(&feed), Arc::clone(&routes), Arc::clone(&certificates), &tasks, stop.clone());
-    follower.wait_live(START_DEADLINE).await.map_err(Failure::Start)?;
+    let knobs = RecordSettings { ports: config.ingress.ports, domain: config.node.domain.clone() };
+    let records = Arc::new(Records::new(Arc::clone(&feed), knobs));
+    let (follower, following) = Follower::new(Arc::clone(&feed), Arc::clone(&routes), Arc::clone(&certificates) as _);
+    tasks.spawn(follower.run(stop.clone()));
+    if !matches!(tokio::time::timeout(START_DEADLINE, following.wait_live()).await, Ok(true)) {
+        return Err(Failure::Start(format!("the store was not read within {START_DEADLINE:?}")));
+    }
 
     // A taken port ends the start before anything is served.
     let listeners = Listeners::bind(&config)?;
@@ -133,6 +135,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let parts = tunnel::Parts {
         routes: Arc::clone(&routes),
         records: Arc::clone(&records),
+        feed: Arc::clone(&feed),
         applied: ports.synced(),
         port_trouble: {
             let ports = Arc::clone(&ports);
@@ -165,27 +168,28 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     };
     let ingress = Ingress::new(config.ingress.clone(), parts);
     let closed = stages.close.clone();
-    tasks.spawn(Arc::clone(&ports).follow(Arc::clone(&ingress), follower.applied(), tasks.clone(), closed.clone()));
+    tasks.spawn(Arc::clone(&ports).follow(Arc::clone(&ingress), following.revisions(), tasks.clone(), closed.clone()));
 
     // The operator.
     let ready = Arc::new(AtomicBool::new(false));
     let drain_asked = CancellationToken::new();
-    let parts = control::Parts {
-        records,
-        feed,
-        applied: ports.synced(),
-        routes: Arc::clone(&routes),
-        status: status(&config, &bound, &tunnels, &routes, &ports, &ready),
+    let hooks = control::NodeHooks {
+        status: status(&config, &bound, &tunnels, &routes, &ports),
         metrics: Box::new(move || exporter.render()),
         ready: {
             let ready = Arc::clone(&ready);
-            Box::new(move || ready.load(Ordering::Acquire))
+            Box::new(move || ready.load(Ordering::Acquire).then_some(()).ok_or_else(|| "starting or draining".into()))
         },
-        drain: drain_asked.clone(),
+        drain: {
+            let asked = drain_asked.clone();
+            Box::new(move || asked.cancel())
+        },
     };
-    let control = Control::new(config.control.clone(), parts).map_err(Failure::Start)?;
+    let control = state.control_settings(&config.control)?;
+    let control = ControlState::new(control, records, feed, following, ports.synced(), hooks)
+        .map_err(|mistake| Failure::Start(mistake.to_string()))?;
     for listener in listeners.control {
-        tasks.spawn(Arc::clone(&control).serve(listener, stop.clone()));
+        tasks.spawn(control::serve(listener, Arc::clone(&control), stop.clone()));
     }
     for (door, listener) in listeners.visitors {
         tasks.spawn(Arc::clone(&ingress).open(door, listener, closed.clone()));
@@ -272,11 +276,10 @@ fn status(
     tunnels: &Arc<Tunnels>,
     routes: &Arc<Routes>,
     ports: &Arc<Ports>,
-    ready: &Arc<AtomicBool>,
-) -> Box<dyn Fn() -> Value + Send + Sync> {
-    let (name, listeners, started) = (config.node.name(), bound.to_json(), Instant::now());
+) -> Box<dyn Fn() -> serde_json::Map<String, Value> + Send + Sync> {
+    let (name, listeners) = (config.node.name(), bound.to_json());
     let (tunnels, routes) = (Arc::clone(tunnels), Arc::clone(routes));
-    let (ports, ready) = (Arc::clone(ports), Arc::clone(ready));
+    let ports = Arc::clone(ports);
     Box::new(move || {
         let (sockets, recorded) = routes.size();
         let session = |s: &Arc<tunnel::Session>| {
@@ -295,18 +298,15 @@ fn status(
             .map(|(id, sessions)| (id.to_string(), sessions.iter().map(session).collect()))
             .collect();
         let failed: Vec<Value> = ports.failed().iter().map(|(port, why)| json!({ "port": port, "why": why })).collect();
-        json!({
-            "name": name,
-            "version": env!("CARGO_PKG_VERSION"),
-            "uptime_seconds": started.elapsed().as_secs(),
-            "ready": ready.load(Ordering::Acquire),
-            "listeners": listeners,
-            "sockets": sockets,
-            "tunnels": recorded,
-            "sessions": tunnels.sessions().len(),
-            "live": live,
-            "ports": { "open": ports.open(), "failed": failed },
-        })
+        serde_json::Map::from_iter([
+            ("name".to_owned(), json!(name)),
+            ("listeners".to_owned(), listeners.clone()),
+            ("sockets".to_owned(), json!(sockets)),
+            ("tunnels".to_owned(), json!(recorded)),
+            ("sessions".to_owned(), json!(tunnels.sessions().len())),
+            ("live".to_owned(), Value::Object(live)),
+            ("ports".to_owned(), json!({ "open": ports.open(), "failed": failed })),
+        ])
     })
 }
 
@@ -467,6 +467,25 @@ impl StateDir {
         aws_lc_rs::rand::fill(&mut key).map_err(|_| Failure::Start("no random bytes".to_owned()))?;
         secret_file::write(&path, &key).map_err(|error| Failure::State { path, error })?;
         Ok(key)
+    }
+
+    /// The control API's settings, with a token of our own where the operator
+    /// gave none and nobody may do without.
+    fn control_settings(&self, given: &ControlSettings) -> Result<ControlSettings, Failure> {
+        let mut settings = given.clone();
+        if settings.token_file.is_none() && !settings.allow_anonymous_loopback {
+            let path = self.file("control.token");
+            if !path.exists() {
+                let mut random = [0u8; 32];
+                aws_lc_rs::rand::fill(&mut random).map_err(|_| Failure::Start("no random bytes".to_owned()))?;
+                let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+                let made = secret_file::write(&path, format!("{token}\n").as_bytes());
+                made.map_err(|error| Failure::State { path: path.clone(), error })?;
+                tracing::info!(path = %path.display(), "a token for the control API was made");
+            }
+            settings.token_file = Some(path);
+        }
+        Ok(settings)
     }
 
     /// Tells programs on this machine where the node listens, once it does.

@@ -3,19 +3,19 @@
 //! typed records above it. No engine's own word leaks: compaction and gaps are
 //! `Reset`, a lost engine is `Stale`.
 
-use std::fmt;
-use std::sync::Arc;
-use std::time::Duration;
-
-use futures_util::future::BoxFuture;
-
-mod certificate;
+pub mod certificate_check;
 pub mod follower;
 pub mod records;
 pub mod store;
 
 #[cfg(test)]
 pub(crate) mod conformance;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
 
 /// A life of the feed's data; revisions compare only within one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -25,6 +25,7 @@ pub use self::register::Urls;
 pub use self::server::{Server, host_key};
 pub use self::session::{Bind, Session};
 use crate::error::Error;
+use crate::feed::Feed;
 use crate::feed::records::Records;
 use crate::fields::{Bytes, Fields};
 use crate::limits::{PerAddress, Permit};
@@ -203,6 +204,8 @@ pub struct Parts {
     pub routes: Arc<Routes>,
     /// Where sockets made on demand are written.
     pub records: Arc<Records>,
+    /// Gives leases for what lives only as long as a session.
+    pub feed: Arc<dyn Feed>,
     /// The last revision that acts on every visitor.
     pub applied: tokio::sync::watch::Receiver<u64>,
     /// Why a socket's own port could not be opened, if so.
@@ -226,6 +229,7 @@ pub struct Tunnels {
     next_id: AtomicU64,
     routes: Arc<Routes>,
     records: Arc<Records>,
+    feed: Arc<dyn Feed>,
     applied: tokio::sync::watch::Receiver<u64>,
     port_trouble: Box<dyn Fn(u16) -> Option<String> + Send + Sync>,
     urls: Urls,
@@ -255,6 +259,7 @@ impl Tunnels {
             next_id: AtomicU64::new(1),
             routes: parts.routes,
             records: parts.records,
+            feed: parts.feed,
             applied: parts.applied,
             port_trouble: parts.port_trouble,
             urls: parts.urls,

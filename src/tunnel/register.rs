@@ -240,14 +240,14 @@ impl Tunnels {
             Login::Nobody => lease = Some(self.lease_of(session).await?),
         }
         match self.records.claim_on_demand(socket, tunnel, lease).await {
-            Ok(claimed) => {
+            Ok((claimed, _)) => {
                 session.made.lock().push(id.clone());
                 self.wait_applied(claimed.rev).await?;
                 tracing::info!(socket = label, session = session.id, "made on demand");
                 self.routes.tunnel(&id).ok_or_else(|| format!("{label} was removed again"))
             }
             // Somebody was faster, perhaps this very key in another session.
-            Err(RecordError::Taken { .. }) => match self.socket_named(label) {
+            Err(RecordError::Taken(_)) => match self.socket_named(label) {
                 Some(route) => self.of_socket(session, login, &route, None),
                 None => Err(format!("{label} is taken; choose another name")),
             },
@@ -262,7 +262,7 @@ impl Tunnels {
         if let Some(lease) = &*session.lease.lock() {
             return Ok(lease.id);
         }
-        let lease = self.records.lease(LEASE).await.map_err(|e| e.to_string())?;
+        let lease = self.feed.lease(LEASE).await.map_err(|e| e.to_string())?;
         let id = lease.id;
         *session.lease.lock() = Some(lease);
         Ok(id)

@@ -240,6 +240,7 @@ fn settings(ip: IpAddr, opts: &NodeOpts) -> String {
     set("ssh", "listen", listen(2222));
     set("ssh", "mode", "\"open\"".into());
     set("control", "listen", format!("[\"{ip}:9090\"]"));
+    set("control", "allow_anonymous_loopback", "true".into());
     for (section, line) in &opts.settings {
         let (key, value) = line.split_once('=').unwrap();
         set(section, key.trim(), value.trim().to_owned());
