@@ -3,6 +3,14 @@
 //! typed records above it. No engine's own word leaks: compaction and gaps are
 //! `Reset`, a lost engine is `Stale`.
 
+pub mod certificate_check;
+pub mod follower;
+pub mod records;
+pub mod store;
+
+#[cfg(test)]
+pub(crate) mod conformance;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -213,6 +221,15 @@ pub trait Feed: Send + Sync + 'static {
 
     /// Reads all keys under a prefix, sorted, as of one revision.
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Cursor, Vec<Entry>), ReadError>>;
+
+    /// Reads up to `limit` keys under a prefix that sort after `after` (whole
+    /// keys; "" starts at the first), as of one revision.
+    fn page<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<(Cursor, Vec<Entry>), ReadError>>;
 
     /// Opens a lease that expires `ttl` after this process stopped renewing it.
     fn lease(&self, ttl: Duration) -> BoxFuture<'_, Result<Lease, WriteError>>;
