@@ -1,1 +1,433 @@
-//! (being built)
+//! The one task that follows the feed's records and applies them: sockets and
+//! tunnels to the route table, certificates to TLS. Each record is validated
+//! before it is applied; a bad one is refused by name and counted, and the last
+//! good one keeps serving.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::records::Record;
+use super::{Change, Cursor, Entry, Epoch, Event, Feed};
+use crate::fields::Mistake;
+use crate::model::{Certificate, CertificateId, Socket, SocketId, Tunnel, TunnelId};
+use crate::routes::Routes;
+
+/// What the follower follows; claims are the writers' own business.
+const PREFIXES: &[&str] = &["cfg/sock/", "cfg/tun/", "cert/"];
+/// Records applied between two chances for other tasks.
+const BREATH: usize = 256;
+
+/// Where certificates go.
+pub trait Certificates: Send + Sync + 'static {
+    /// Takes a certificate in, in place of its former version.
+    ///
+    /// # Errors
+    /// Why it cannot be served; the former version stays.
+    fn put(&self, certificate: Certificate) -> Result<(), String>;
+    /// Takes a certificate out.
+    fn remove(&self, id: &CertificateId);
+    /// The ids of all that the feed brought.
+    fn ids(&self) -> Vec<CertificateId>;
+}
+
+/// How far the follower has come; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Following {
+    applied: watch::Receiver<u64>,
+    ports: watch::Receiver<u64>,
+    stale_since: watch::Receiver<Option<Instant>>,
+    refused: watch::Receiver<Vec<String>>,
+}
+
+impl Following {
+    /// The last revision that is applied; 0 before the first.
+    pub fn applied(&self) -> u64 {
+        *self.applied.borrow()
+    }
+
+    /// Whether revision `rev` was applied within `deadline`.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn wait_applied(&self, rev: u64, deadline: Duration) -> bool {
+        let mut applied = self.applied.clone();
+        let reached = tokio::time::timeout(deadline, applied.wait_for(|at| *at >= rev)).await;
+        matches!(reached, Ok(Ok(_)))
+    }
+
+    /// How long the table may have been behind the feed; `None`: it is live.
+    pub fn stale_for(&self) -> Option<Duration> {
+        self.stale_since.borrow().map(|since| since.elapsed())
+    }
+
+    /// Waits until the table is live for the first time, or the follower ended.
+    pub async fn wait_live(&self) -> bool {
+        self.stale_since.clone().wait_for(Option::is_none).await.is_ok()
+    }
+
+    /// Changes whenever sockets won or lost ports: read `Routes::ports` then.
+    pub fn ports(&self) -> watch::Receiver<u64> {
+        self.ports.clone()
+    }
+
+    /// The keys of records that are refused at present.
+    pub fn refused(&self) -> Vec<String> {
+        self.refused.borrow().clone()
+    }
+}
+
+/// The task's state.
+pub struct Follower {
+    feed: Arc<dyn Feed>,
+    routes: Arc<Routes>,
+    certificates: Arc<dyn Certificates>,
+    /// What is applied, by key, so that a Reset touches only what changed.
+    seen: HashMap<String, u64>,
+    epoch: Option<Epoch>,
+    bad: HashSet<String>,
+    ports_changed: bool,
+    applied: watch::Sender<u64>,
+    ports: watch::Sender<u64>,
+    stale_since: watch::Sender<Option<Instant>>,
+    refused: watch::Sender<Vec<String>>,
+}
+
+impl Follower {
+    /// A follower and the handle to watch it by.
+    pub fn new(feed: Arc<dyn Feed>, routes: Arc<Routes>, certificates: Arc<dyn Certificates>) -> (Self, Following) {
+        let follower = Self {
+            feed,
+            routes,
+            certificates,
+            seen: HashMap::new(),
+            epoch: None,
+            bad: HashSet::new(),
+            ports_changed: false,
+            applied: watch::Sender::new(0),
+            ports: watch::Sender::new(0),
+            stale_since: watch::Sender::new(Some(Instant::now())),
+            refused: watch::Sender::new(Vec::new()),
+        };
+        let following = Following {
+            applied: follower.applied.subscribe(),
+            ports: follower.ports.subscribe(),
+            stale_since: follower.stale_since.subscribe(),
+            refused: follower.refused.subscribe(),
+        };
+        (follower, following)
+    }
+
+    /// Follows until `cancel`, or until the feed has shut down.
+    pub async fn run(mut self, cancel: CancellationToken) {
+        let mut events = self.feed.subscribe(PREFIXES, None);
+        loop {
+            let event = tokio::select! {
+                () = cancel.cancelled() => return,
+                event = events.next() => event,
+            };
+            match event {
+                None => return tracing::info!("the feed has shut down; its last state keeps serving"),
+                Some(Event::Reset { at, state }) => self.reset(at, state).await,
+                Some(Event::Batch { at, changes }) => self.batch(at, changes),
+                Some(Event::Live { at }) => {
+                    self.reached(at.rev);
+                    self.stale_since.send_replace(None);
+                }
+                Some(Event::Stale { why }) => {
+                    tracing::warn!(why, "the feed is stale; its last state keeps serving");
+                    self.stale_since.send_if_modified(|since| since.replace(Instant::now()).is_none());
+                }
+            }
+        }
+    }
+
+    fn batch(&mut self, at: Cursor, changes: Vec<Change>) {
+        for change in changes {
+            match change {
+                Change::Put(entry) => self.put(&entry),
+                Change::Delete { key, .. } => self.remove(&key),
+            }
+        }
+        self.reached(at.rev);
+    }
+
+    /// Applies a whole state by what differs: first what is there, so that a
+    /// name that moved is never missing, then what is gone.
+    async fn reset(&mut self, at: Cursor, state: Vec<Entry>) {
+        if self.epoch.as_ref() != Some(&at.epoch) {
+            self.seen.clear();
+            self.epoch = Some(at.epoch);
+        }
+        let mut present = HashSet::with_capacity(state.len());
+        for (i, entry) in state.into_iter().enumerate() {
+            if self.seen.get(&entry.key) != Some(&entry.rev) {
+                self.put(&entry);
+            }
+            present.insert(entry.key);
+            if i % BREATH == BREATH - 1 {
+                tokio::task::yield_now().await;
+            }
+        }
+        let held = self.routes.socket_ids().iter().map(Socket::key).collect::<Vec<_>>().into_iter();
+        let held = held.chain(self.routes.tunnel_ids().iter().map(Tunnel::key).collect::<Vec<_>>());
+        let held = held.chain(self.certificates.ids().iter().map(Certificate::key).collect::<Vec<_>>());
+        let gone: Vec<String> = held.chain(self.bad.iter().cloned()).filter(|key| !present.contains(key)).collect();
+        for key in gone {
+            self.remove(&key);
+        }
+        self.reached(at.rev);
+    }
+
+    fn reached(&mut self, rev: u64) {
+        if std::mem::take(&mut self.ports_changed) {
+            self.ports.send_modify(|n| *n += 1);
+        }
+        self.applied.send_replace(rev);
+    }
+
+    fn put(&mut self, entry: &Entry) {
+        let (kind, result) = match kind_of(&entry.key) {
+            Some(Kind::Socket(id)) => (Socket::NOUN, self.put_socket(id, &entry.value)),
+            Some(Kind::Tunnel(id)) => {
+                (Tunnel::NOUN, parsed::<Tunnel>(id, &entry.value).map(|tunnel| self.routes.put_tunnel(tunnel)))
+            }
+            Some(Kind::Certificate(id)) => {
+                let put = parsed(id, &entry.value).and_then(|certificate| self.certificates.put(certificate));
+                (Certificate::NOUN, put)
+            }
+            None => return,
+        };
+        self.seen.insert(entry.key.clone(), entry.rev);
+        match result {
+            Ok(()) => {
+                if self.bad.remove(&entry.key) {
+                    self.tell_refused();
+                }
+            }
+            Err(why) => {
+                metrics::counter!("adit_feed_records_refused_total", "kind" => kind).increment(1);
+                tracing::error!(
+                    key = entry.key,
+                    rev = entry.rev,
+                    why,
+                    "a bad record is refused; the last good one keeps serving"
+                );
+                self.bad.insert(entry.key.clone());
+                self.tell_refused();
+            }
+        }
+    }
+
+    fn put_socket(&mut self, id: &str, value: &str) -> Result<(), String> {
+        let socket: Socket = parsed(id, value)?;
+        let before = self.routes.socket(&socket.id);
+        self.ports_changed |= before.map(|r| r.socket.ports.clone()).unwrap_or_default() != socket.ports;
+        self.routes.put_socket(socket);
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &str) {
+        self.seen.remove(key);
+        if self.bad.remove(key) {
+            self.tell_refused();
+        }
+        match kind_of(key) {
+            Some(Kind::Socket(id)) => {
+                if let Ok(id) = id.parse::<SocketId>() {
+                    self.ports_changed |= self.routes.socket(&id).is_some_and(|r| !r.socket.ports.is_empty());
+                    self.routes.remove_socket(&id);
+                }
+            }
+            Some(Kind::Tunnel(id)) => {
+                if let Ok(id) = id.parse::<TunnelId>() {
+                    self.routes.remove_tunnel(&id);
+                }
+            }
+            Some(Kind::Certificate(id)) => {
+                if let Ok(id) = id.parse::<CertificateId>() {
+                    self.certificates.remove(&id);
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn tell_refused(&self) {
+        let mut keys: Vec<String> = self.bad.iter().cloned().collect();
+        keys.sort();
+        self.refused.send_replace(keys);
+    }
+}
+
+enum Kind<'a> {
+    Socket(&'a str),
+    Tunnel(&'a str),
+    Certificate(&'a str),
+}
+
+fn kind_of(key: &str) -> Option<Kind<'_>> {
+    key.strip_prefix(Socket::PREFIX)
+        .map(Kind::Socket)
+        .or_else(|| key.strip_prefix(Tunnel::PREFIX).map(Kind::Tunnel))
+        .or_else(|| key.strip_prefix(Certificate::PREFIX).map(Kind::Certificate))
+}
+
+fn parsed<R: Record>(id: &str, value: &str) -> Result<R, String> {
+    let id: R::Id = id.parse().map_err(|why| format!("its id {why}"))?;
+    R::from_value(&id, value).map_err(|mistakes| {
+        let all: Vec<String> = mistakes.iter().map(Mistake::to_string).collect();
+        all.join("; ")
+    })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::feed::store::{Store, StoreSettings};
+    use crate::feed::{Op, Subscription, Txn};
+
+    /// Certificates that only remember; one whose chain is "bad" is refused.
+    #[derive(Default)]
+    pub(crate) struct Remembered(pub(crate) Mutex<HashMap<CertificateId, String>>);
+
+    impl Certificates for Remembered {
+        fn put(&self, certificate: Certificate) -> Result<(), String> {
+            if certificate.chain_pem == "bad" {
+                return Err("bad chain".into());
+            }
+            self.0.lock().insert(certificate.id, certificate.chain_pem);
+            Ok(())
+        }
+        fn remove(&self, id: &CertificateId) {
+            self.0.lock().remove(id);
+        }
+        fn ids(&self) -> Vec<CertificateId> {
+            self.0.lock().keys().cloned().collect()
+        }
+    }
+
+    async fn write(store: &Store, key: &str, value: &str) -> u64 {
+        let op = if value.is_empty() {
+            Op::Delete { key: key.into() }
+        } else {
+            Op::Put { key: key.into(), value: value.into(), lease: None }
+        };
+        store.commit(Txn { expect: vec![], ops: vec![op] }).await.unwrap()
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[tokio::test]
+    async fn records_are_applied_and_bad_ones_leave_the_last_good() {
+        let store = Store::in_memory(StoreSettings::default()).unwrap();
+        write(&store, "cfg/sock/old", r#"{"type":"http","hostnames":["old.test"]}"#).await;
+        write(&store, "cfg/sock/never", r#"{"type":"nonsense"}"#).await;
+        let (routes, certificates) = (Arc::new(Routes::default()), Arc::new(Remembered::default()));
+        let (follower, following) = Follower::new(store.clone(), routes.clone(), certificates.clone());
+        let cancel = CancellationToken::new();
+        let task = tokio::spawn(follower.run(cancel.clone()));
+        assert!(following.wait_live().await);
+        assert!(routes.by_host("old.test").is_some());
+        assert_eq!(following.refused(), ["cfg/sock/never"]);
+
+        let ports = following.ports();
+        let rev = write(&store, "cfg/sock/raw", r#"{"type":"tcp","ports":[20001]}"#).await;
+        assert!(following.wait_applied(rev, SECOND).await);
+        assert!(ports.has_changed().unwrap() && routes.by_port(20001).is_some());
+
+        write(&store, "cfg/sock/old", r#"{"type":"http","hostnames":["a b"]}"#).await;
+        write(&store, "cfg/sock/old!", r#"{"type":"http"}"#).await;
+        write(&store, "cert/c", r#"{"chain_pem":"good","key_pem":"k"}"#).await;
+        write(&store, "cfg/host/x", r#"{"anything":1}"#).await;
+        let rev = write(&store, "cert/c", r#"{"chain_pem":"bad","key_pem":"k"}"#).await;
+        assert!(following.wait_applied(rev, SECOND).await);
+        assert!(routes.by_host("old.test").is_some());
+        assert_eq!(certificates.0.lock().values().collect::<Vec<_>>(), ["good"]);
+        assert_eq!(following.refused(), ["cert/c", "cfg/sock/never", "cfg/sock/old", "cfg/sock/old!"]);
+
+        write(&store, "cert/c", "").await;
+        write(&store, "cfg/sock/raw", "").await;
+        let rev = write(&store, "cfg/sock/old", r#"{"type":"http","hostnames":["new.test"]}"#).await;
+        assert!(following.wait_applied(rev, SECOND).await);
+        assert!(routes.by_port(20001).is_none() && certificates.0.lock().is_empty());
+        assert!(routes.by_host("old.test").is_none() && routes.by_host("new.test").is_some());
+        assert!(!following.wait_applied(rev + 100, Duration::from_millis(20)).await);
+        cancel.cancel();
+        task.await.unwrap();
+    }
+
+    /// A feed that says what the test says.
+    struct Script(Mutex<Option<tokio::sync::mpsc::Receiver<Event>>>, Arc<Store>);
+
+    impl Feed for Script {
+        fn subscribe(&self, _: &[&str], _: Option<Cursor>) -> Subscription {
+            Subscription { events: self.0.lock().take().unwrap() }
+        }
+        fn commit(&self, txn: Txn) -> futures_util::future::BoxFuture<'_, Result<u64, crate::feed::WriteError>> {
+            self.1.commit(txn)
+        }
+        fn read<'a>(
+            &'a self,
+            key: &'a str,
+        ) -> futures_util::future::BoxFuture<'a, Result<Option<Entry>, crate::feed::ReadError>> {
+            self.1.read(key)
+        }
+        fn list<'a>(
+            &'a self,
+            prefix: &'a str,
+        ) -> futures_util::future::BoxFuture<'a, Result<(Cursor, Vec<Entry>), crate::feed::ReadError>> {
+            self.1.list(prefix)
+        }
+        fn page<'a>(
+            &'a self,
+            prefix: &'a str,
+            after: &'a str,
+            limit: usize,
+        ) -> futures_util::future::BoxFuture<'a, Result<(Cursor, Vec<Entry>), crate::feed::ReadError>> {
+            self.1.page(prefix, after, limit)
+        }
+        fn lease(
+            &self,
+            ttl: Duration,
+        ) -> futures_util::future::BoxFuture<'_, Result<crate::feed::Lease, crate::feed::WriteError>> {
+            self.1.lease(ttl)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_applied_by_what_differs() {
+        let (events, receiver) = tokio::sync::mpsc::channel(8);
+        let store = Store::in_memory(StoreSettings::default()).unwrap();
+        let feed = Arc::new(Script(Mutex::new(Some(receiver)), store));
+        let (routes, certificates) = (Arc::new(Routes::default()), Arc::new(Remembered::default()));
+        let (follower, following) = Follower::new(feed, routes.clone(), certificates);
+        let task = tokio::spawn(follower.run(CancellationToken::new()));
+        let at = |rev| Cursor { epoch: Epoch("e".into()), rev };
+        let sock = |id: &str, host: &str, rev| Entry {
+            key: format!("cfg/sock/{id}"),
+            value: format!(r#"{{"type":"http","hostnames":["{host}"]}}"#).into(),
+            rev,
+        };
+        let first = vec![sock("gone", "moves.test", 1), sock("stays", "stays.test", 2)];
+        events.send(Event::Reset { at: at(5), state: first }).await.unwrap();
+        events.send(Event::Live { at: at(5) }).await.unwrap();
+        assert!(following.wait_live().await && following.wait_applied(5, SECOND).await);
+        let stays = routes.by_host("stays.test").unwrap();
+        events.send(Event::Stale { why: "test".into() }).await.unwrap();
+        let second = vec![sock("gets", "moves.test", 7), sock("stays", "stays.test", 2)];
+        events.send(Event::Reset { at: at(9), state: second }).await.unwrap();
+        assert!(following.wait_applied(9, SECOND).await);
+        assert!(following.stale_for().is_some());
+        assert_eq!(routes.by_host("moves.test").unwrap().socket.id.as_str(), "gets");
+        assert!(Arc::ptr_eq(&stays, &routes.by_host("stays.test").unwrap()), "what did not change was not touched");
+        assert_eq!(routes.size(), (2, 0));
+        drop(events);
+        task.await.unwrap();
+    }
+}
