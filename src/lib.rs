@@ -2,6 +2,7 @@
 //!
 //! THE MAP (grows with the code).
 
+pub mod control;
 pub mod dial;
 pub mod error;
 pub mod feed;
