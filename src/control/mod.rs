@@ -280,7 +280,11 @@ fn admit(state: &ControlState, peer: SocketAddr, request: &Request<Incoming>) ->
                 || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
                 || state.settings.hosts.iter().any(|h| h.as_str() == name)
         });
-        return if ours { Ok(()) } else { Err(Problem::forbidden("This name is not one of this API's (control.hosts).")) };
+        return if ours {
+            Ok(())
+        } else {
+            Err(Problem::forbidden("This name is not one of this API's (control.hosts)."))
+        };
     };
     let given = value(header::AUTHORIZATION)
         .and_then(|v| v.split_once(' '))

@@ -58,7 +58,12 @@ impl Problem {
 
     pub(super) fn not_acceptable(media: &str) -> Self {
         let status = StatusCode::NOT_ACCEPTABLE;
-        Self::new(status, "not_acceptable", "Not acceptable", format!("This path answers {media}; send `Accept: {media}`."))
+        Self::new(
+            status,
+            "not_acceptable",
+            "Not acceptable",
+            format!("This path answers {media}; send `Accept: {media}`."),
+        )
     }
 
     pub(super) fn unauthorized(detail: &str) -> Self {
@@ -121,8 +126,12 @@ impl From<RecordError> for Problem {
                 Self { errors, ..Self::new(StatusCode::CONFLICT, "taken", "A name or port is taken", detail) }
             }
             RecordError::Precondition { rev } => {
-                let problem =
-                    Self::new(StatusCode::PRECONDITION_FAILED, "precondition_failed", "The condition does not hold", detail);
+                let problem = Self::new(
+                    StatusCode::PRECONDITION_FAILED,
+                    "precondition_failed",
+                    "The condition does not hold",
+                    detail,
+                );
                 match rev {
                     Some(rev) => problem.with_header(header::ETAG, format!("\"{rev}\"")),
                     None => problem,

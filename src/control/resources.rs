@@ -216,7 +216,8 @@ async fn record_body(state: &ControlState, request: Request<Incoming>) -> Result
     if declared.is_some_and(|n| n > u64::try_from(limit).unwrap_or(u64::MAX)) {
         return Err(too_large());
     }
-    let collected = tokio::time::timeout(state.settings.body_deadline, Limited::new(request.into_body(), limit).collect());
+    let collected =
+        tokio::time::timeout(state.settings.body_deadline, Limited::new(request.into_body(), limit).collect());
     let body: Bytes = match collected.await {
         Err(_) => {
             let detail = "The body did not arrive in time (control.body_deadline).";

@@ -117,7 +117,8 @@ pub(super) fn query<const N: usize>(query: Option<&str>, names: [&str; N]) -> Re
         let name = decoded(name, true);
         let slot = names.iter().position(|n| *n == name).and_then(|i| values.get_mut(i));
         let Some(slot) = slot else {
-            let fix = if N == 0 { "this path takes none".to_owned() } else { format!("known here: {}", names.join(", ")) };
+            let fix =
+                if N == 0 { "this path takes none".to_owned() } else { format!("known here: {}", names.join(", ")) };
             let problem = "is not a query parameter of this path".to_owned();
             return Err(Problem::invalid(vec![Mistake { at: format!("?{}", name.escape_debug()), problem, fix }]));
         };
@@ -128,9 +129,8 @@ pub(super) fn query<const N: usize>(query: Option<&str>, names: [&str; N]) -> Re
 
 /// The condition of a write (RFC 9110 §13.1).
 pub(super) fn condition(headers: &HeaderMap) -> Result<Condition, Problem> {
-    let value = |name: header::HeaderName| {
-        headers.get(&name).map(|v| v.to_str().map(str::trim).unwrap_or("?").to_owned())
-    };
+    let value =
+        |name: header::HeaderName| headers.get(&name).map(|v| v.to_str().map(str::trim).unwrap_or("?").to_owned());
     let wrong = |at: &str, fix: &str| {
         let problem = "is not a condition that is known here".to_owned();
         Problem::invalid(vec![Mistake { at: at.to_owned(), problem, fix: fix.to_owned() }])
