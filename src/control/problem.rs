@@ -22,7 +22,8 @@ pub(super) struct Problem {
     title: &'static str,
     detail: String,
     errors: Vec<Mistake>,
-    header: Option<(HeaderName, String)>,
+    /// Boxed: a problem is the error of every handler, and rare.
+    header: Option<Box<(HeaderName, String)>>,
 }
 
 impl Problem {
@@ -31,7 +32,7 @@ impl Problem {
     }
 
     fn with_header(mut self, name: HeaderName, value: impl Into<String>) -> Self {
-        self.header = Some((name, value.into()));
+        self.header = Some(Box::new((name, value.into())));
         self
     }
 
@@ -87,14 +88,14 @@ impl Problem {
             "status": self.status.as_u16(),
             "detail": self.detail,
         });
-        if !self.errors.is_empty() {
-            document["errors"] = self.errors.iter().map(told).collect();
+        if let (Value::Object(members), false) = (&mut document, self.errors.is_empty()) {
+            members.insert("errors".into(), self.errors.iter().map(told).collect());
         }
         let mut response = Response::new(Full::new(Bytes::from(document.to_string())).boxed_unsync());
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        if let Some((name, value)) = self.header
+        if let Some((name, value)) = self.header.map(|h| *h)
             && let Ok(value) = value.parse()
         {
             headers.insert(name, value);

@@ -269,6 +269,11 @@ fn a_listener_that_anybody_could_reach_needs_a_token() {
     };
     assert!(public.check().unwrap_err().to_string().contains("control.token_file"));
     assert!(ControlSettings::default().check().unwrap_err().to_string().contains("allow_anonymous_loopback"));
+    let section = serde_json::json!({"listen": "[::]:9090", "connections": 10, "heartbeat": "0s"});
+    let mut f = crate::fields::Fields::new(section.as_object().unwrap().clone());
+    ControlSettings::read(&mut f);
+    let at: Vec<_> = f.mistakes().into_iter().map(|m| m.at).collect();
+    assert_eq!(at, ["token_file", "connections", "heartbeat"]);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("t");
     assert!(read_tokens(&file).is_err());

@@ -230,3 +230,27 @@ async fn lists_come_in_pages_and_tell_what_they_cannot_read() {
     let rest = records.list::<Socket>("s1x", 3).await.unwrap();
     assert_eq!((rest.items.len(), rest.next), (3, None));
 }
+
+#[tokio::test]
+async fn a_change_of_type_changes_what_is_claimed() {
+    let (store, records) = records();
+    records.put_socket(named("a", &["x.test"]), Condition::Any).await.unwrap();
+    let port = records.put_socket(raw("a", &[]), Condition::Any).await.unwrap().record.ports[0];
+    assert_eq!(keys(&store, "cfg/").await, [format!("cfg/port/{port}"), "cfg/sock/a".into()]);
+    let mut tls = Socket::new("a".parse().unwrap(), SocketType::Tls);
+    tls.hostnames = vec!["x.test".parse().unwrap()];
+    assert_eq!(records.put_socket(tls, Condition::Any).await.unwrap().record.ports, [port]);
+    // Names of type tls are not claimed: they choose a certificate.
+    records.put_socket(named("b", &["x.test"]), Condition::Any).await.unwrap();
+    records.put_socket(named("a", &["y.test"]), Condition::Any).await.unwrap();
+    assert_eq!(keys(&store, "cfg/host/").await, ["cfg/host/x.test", "cfg/host/y.test"]);
+    assert_eq!(records.get::<Socket>(&"b".parse().unwrap()).await.unwrap().record.hostnames[0].as_str(), "x.test");
+}
+
+#[test]
+fn a_port_range_is_read_or_refused() {
+    assert_eq!("20000-20999".parse::<PortRange>().unwrap().to_string(), "20000-20999");
+    for bad in ["", "1", "0-5", "9-1", "a-b", "1-99999", "1-2-3"] {
+        assert!(bad.parse::<PortRange>().is_err(), "{bad}");
+    }
+}

@@ -49,6 +49,19 @@ pub(super) struct Disk {
     /// The history on disk holds every revision after this one.
     floor: u64,
     _lock: Option<File>,
+    /// SQLite transactions so far, and how the next commit is made to fail.
+    #[cfg(test)]
+    pub(super) writes: usize,
+    #[cfg(test)]
+    pub(super) break_commit: Option<Break>,
+}
+
+/// A commit whose sync fails: its record is seen again after a reopen, or not.
+#[cfg(test)]
+#[derive(Clone, Copy)]
+pub(super) enum Break {
+    Written,
+    Lost,
 }
 
 impl Disk {
@@ -75,20 +88,27 @@ impl Disk {
         file.set_permissions(std::fs::Permissions::from_mode(0o600)).map_err(at(path))?;
         File::open(folder).and_then(|f| f.sync_all()).map_err(at(folder))?;
         let connection = connect(path).map_err(|e| store_error(path, &e))?;
-        let disk = Self {
-            path: Some(path.to_owned()),
-            connection: Some(connection),
-            reserved: 0,
-            floor: 0,
-            _lock: Some(lock),
-        };
-        disk.prepared(path)
+        Self::new(Some(path.to_owned()), connection, Some(lock)).prepared(path)
     }
 
     pub(super) fn in_memory() -> Result<Self, StoreError> {
         let path = Path::new(":memory:");
         let connection = Connection::open_in_memory().map_err(|e| store_error(path, &e))?;
-        Self { path: None, connection: Some(connection), reserved: 0, floor: 0, _lock: None }.prepared(path)
+        Self::new(None, connection, None).prepared(path)
+    }
+
+    fn new(path: Option<PathBuf>, connection: Connection, lock: Option<File>) -> Self {
+        Self {
+            path,
+            connection: Some(connection),
+            reserved: 0,
+            floor: 0,
+            _lock: lock,
+            #[cfg(test)]
+            writes: 0,
+            #[cfg(test)]
+            break_commit: None,
+        }
     }
 
     /// Makes the tables where there are none; refuses a newer schema.
@@ -203,6 +223,21 @@ impl Disk {
             Ok(())
         })()
         .map_err(nothing)?;
+        #[cfg(test)]
+        let broken = self.break_commit.take();
+        #[cfg(test)]
+        if let Some(how) = broken {
+            match how {
+                Break::Written => tx.commit().map_err(nothing)?,
+                Break::Lost => tx.rollback().map_err(nothing)?,
+            }
+            self.connection = None;
+            return Err(Failure::Doubt("made to fail".into()));
+        }
+        #[cfg(test)]
+        {
+            self.writes += 1;
+        }
         if let Err(error) = tx.commit() {
             // A full disk shows while pages are written, before the commit
             // record; only a failed sync leaves it open whether it will be seen.

@@ -190,6 +190,94 @@ async fn a_commit_reaches_a_subscriber_within_milliseconds() {
     assert!(waits[25] < Duration::from_millis(20), "{waits:?}");
 }
 
+#[tokio::test]
+async fn a_commit_in_doubt_is_told_so_and_settled_by_the_file() {
+    let dir = folder();
+    let store = Store::open(&dir.path().join("store.db"), StoreSettings::default()).unwrap();
+    let mut watch = store.subscribe(&[""], None);
+    store.commit(put("a", "1")).await.unwrap();
+    for (how, key) in [(super::disk::Break::Written, "written"), (super::disk::Break::Lost, "lost")] {
+        store.with_disk(move |d| d.break_commit = Some(how)).await;
+        assert!(matches!(store.commit(put(key, "1")).await, Err(WriteError::Unknown(_))));
+    }
+    let next = store.commit(put("b", "2")).await.unwrap();
+    let keys: Vec<_> = store.list("").await.unwrap().1.into_iter().map(|e| e.key).collect();
+    assert_eq!((next, keys), (3, ["a", "b", "written"].map(String::from).into()));
+    store.close().await;
+    let mut model = std::collections::BTreeSet::new();
+    while let Some(event) = watch.next().await {
+        match event {
+            Event::Reset { state, .. } => model = state.into_iter().map(|e| e.key).collect(),
+            Event::Batch { changes, .. } => model.extend(changes.into_iter().map(|c| match c {
+                crate::feed::Change::Put(e) => e.key,
+                crate::feed::Change::Delete { key, .. } => panic!("{key}"),
+            })),
+            _ => {}
+        }
+    }
+    assert!(model.contains("written") && !model.contains("lost"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_that_wait_together_share_an_fsync() {
+    let dir = folder();
+    let store = Store::open(&dir.path().join("store.db"), StoreSettings::default()).unwrap();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let held = tokio::spawn({
+        let store = Arc::clone(&store);
+        async move { store.with_disk(move |_| wait.recv().unwrap()).await }
+    });
+    let commits: Vec<_> = (0..60)
+        .map(|i| {
+            let store = Arc::clone(&store);
+            // Each third fails its guard, and only itself.
+            let expect = if i % 3 == 0 { Expect::Present } else { Expect::Absent };
+            let txn = Txn { expect: vec![(format!("k{i}"), expect)], ..put(&format!("k{i}"), "1") };
+            tokio::spawn(async move { store.commit(txn).await.is_ok() })
+        })
+        .collect();
+    while store.jobs.capacity() > StoreSettings::default().queue - 60 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    go.send(()).unwrap();
+    held.await.unwrap();
+    let mut good = 0;
+    for commit in commits {
+        good += usize::from(commit.await.unwrap());
+    }
+    assert_eq!((good, store.list("k").await.unwrap().1.len()), (40, 40));
+    let (tell, told) = std::sync::mpsc::channel();
+    store.with_disk(move |d| tell.send(d.writes).unwrap()).await;
+    assert!(told.recv().unwrap() <= 2, "60 transactions, at most 64 in a group");
+    store.close().await;
+}
+
+#[tokio::test]
+async fn history_is_trimmed_on_disk_too() {
+    let dir = folder();
+    let settings = StoreSettings { history: 20, ..StoreSettings::default() };
+    let store = Store::open(&dir.path().join("store.db"), settings).unwrap();
+    for i in 0..100 {
+        store.commit(put("a", &i.to_string())).await.unwrap();
+    }
+    let (tell, told) = std::sync::mpsc::channel();
+    let count = "SELECT count(*) FROM log";
+    store
+        .with_disk(move |d| tell.send(d.connection().query_row(count, [], |r| r.get::<_, i64>(0)).unwrap()).unwrap())
+        .await;
+    assert!((20..=22).contains(&told.recv().unwrap()));
+    store.close().await;
+}
+
+#[test]
+fn settings_are_read_with_every_mistake() {
+    let section = serde_json::json!({"history": 5, "value_limit": "2MiB", "group": 0, "queue": "x"});
+    let mut f = Fields::new(section.as_object().unwrap().clone());
+    let settings = StoreSettings::read(&mut f);
+    assert_eq!((settings.history, settings.value_limit), (5, Bytes(2 << 20)));
+    assert_eq!(f.mistakes().into_iter().map(|m| m.at).collect::<Vec<_>>(), ["queue", "group"]);
+}
+
 /// Keeps the last folder, for the restart.
 #[derive(Default)]
 struct OnDisk(Mutex<Option<(tempfile::TempDir, Arc<Store>)>>);
