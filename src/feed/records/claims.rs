@@ -5,7 +5,7 @@
 use aws_lc_rs::digest;
 use serde_json::{Map, Value};
 
-use super::mistake;
+use super::error::mistake;
 use crate::feed::Entry;
 use crate::fields::Mistake;
 use crate::model::{Socket, SocketId, SocketType, Tunnel, TunnelId};

@@ -6,254 +6,32 @@
 //! Keys: `cfg/sock/<id>`, `cfg/tun/<id>`, `cert/<id>`; claims in `claims`.
 
 mod claims;
+mod completion;
+mod error;
+mod record;
+mod settings;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
-use std::ops::RangeInclusive;
-use std::str::FromStr;
 use std::sync::Arc;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
+
+pub use self::error::RecordError;
+pub use self::record::{Condition, Page, Record, Stored, Written};
+pub use self::settings::{PortRange, RecordSettings};
 
 use self::claims::{Claim, Holder};
+use self::completion::check_user;
+use self::error::mistake;
 use super::certificate_check::certificate_names;
-use super::{Cursor, Entry, Expect, Feed, LeaseId, Op, ReadError, Txn, WriteError};
-use crate::fields::{Fields, Mistake};
-use crate::model::{Certificate, CertificateId, HostName, HostPattern, Socket, SocketId, Tunnel, TunnelId};
-use crate::text_field;
+use super::{Entry, Expect, Feed, LeaseId, Op, Txn, WriteError};
+use crate::fields::Mistake;
+use crate::model::{Certificate, CertificateId, Socket, SocketId, Tunnel, TunnelId};
 
 /// How often a write that lost a race is tried again. Each try loses only to a
 /// write that succeeded, so this is met by a storm on one name alone.
 const TRIES: usize = 16;
-/// Most names and ports of one socket: each is a key of one transaction.
-const CLAIMS_MAX: usize = 100;
-/// Longest SSH user name of a record; keys hold it escaped.
-const USER_MAX: usize = 128;
-
-/// The ports that sockets of type tcp and tls may have: `"20000-20999"`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PortRange(pub RangeInclusive<u16>);
-
-impl FromStr for PortRange {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let bad = "is not a range of ports";
-        let (low, high) = text.split_once('-').ok_or(bad)?;
-        let (low, high): (u16, u16) = (low.trim().parse().map_err(|_| bad)?, high.trim().parse().map_err(|_| bad)?);
-        if low == 0 || low > high { Err(bad) } else { Ok(Self(low..=high)) }
-    }
-}
-
-impl fmt::Display for PortRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.0.start(), self.0.end())
-    }
-}
-text_field!(PortRange, "a range of ports like \"20000-20999\"");
-
-/// The knobs of records.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RecordSettings {
-    /// Ports that sockets of type tcp and tls get or may ask for. Default
-    /// 20000-20999: below the range that Linux gives to outgoing connections.
-    pub ports: PortRange,
-    /// A socket without names is published as `<id>.<domain>`. Default: none,
-    /// so that names are always written out.
-    pub domain: Option<HostName>,
-}
-
-impl Default for RecordSettings {
-    fn default() -> Self {
-        Self { ports: PortRange(20_000..=20_999), domain: None }
-    }
-}
-
-impl RecordSettings {
-    /// Reads the section `records` of the settings.
-    pub fn read(f: &mut Fields) -> Self {
-        let d = Self::default();
-        Self { ports: f.take("ports", d.ports), domain: f.optional("domain") }
-    }
-}
-
-/// What must hold of a record for a write to happen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Condition {
-    /// Nothing.
-    Any,
-    /// It does not exist.
-    Absent,
-    /// It exists.
-    Present,
-    /// Its last write was this revision.
-    Rev(u64),
-}
-
-impl Condition {
-    fn check(self, rev: Option<u64>) -> Result<(), RecordError> {
-        let holds = match self {
-            Self::Any => true,
-            Self::Absent => rev.is_none(),
-            Self::Present => rev.is_some(),
-            Self::Rev(wanted) => rev == Some(wanted),
-        };
-        if holds { Ok(()) } else { Err(RecordError::Precondition { rev }) }
-    }
-}
-
-/// A record that was written.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Written<R> {
-    /// As stored: names and ports filled in.
-    pub record: R,
-    /// The revision it has now.
-    pub rev: u64,
-    /// Whether it did not exist before.
-    pub created: bool,
-}
-
-/// A record that was read.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Stored<R> {
-    /// The record.
-    pub record: R,
-    /// The revision of its last write.
-    pub rev: u64,
-}
-
-/// Some records of one type, in the order of their ids.
-#[derive(Debug, Clone)]
-pub struct Page<R> {
-    /// The records.
-    pub items: Vec<Stored<R>>,
-    /// The id to go on after, if there are more.
-    pub next: Option<String>,
-    /// Ids of stored records that this version cannot read.
-    pub unreadable: Vec<String>,
-    /// The state's place in history.
-    pub at: Cursor,
-}
-
-/// Why a record was not written or read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RecordError {
-    /// The record itself is wrong.
-    Mistakes(Vec<Mistake>),
-    /// Names or ports belong to others; each with its field.
-    Taken(Vec<Mistake>),
-    /// The condition does not hold.
-    Precondition {
-        /// The revision it has; `None`: it does not exist.
-        rev: Option<u64>,
-    },
-    /// There is no such record.
-    NotFound,
-    /// The socket is named by tunnels.
-    InUse(Vec<TunnelId>),
-    /// What is stored cannot be read by this version.
-    Unreadable(Vec<Mistake>),
-    /// Too many writers at once; nothing was written.
-    Contended,
-    /// The feed did not write.
-    Write(WriteError),
-    /// The feed did not read.
-    Read(ReadError),
-}
-
-impl fmt::Display for RecordError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |f: &mut fmt::Formatter<'_>, mistakes: &[Mistake]| {
-            let all: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
-            f.write_str(&all.join("; "))
-        };
-        match self {
-            Self::Mistakes(mistakes) | Self::Taken(mistakes) => list(f, mistakes),
-            Self::Precondition { rev: Some(rev) } => write!(f, "the record is at revision {rev}"),
-            Self::Precondition { rev: None } => f.write_str("the record does not exist"),
-            Self::NotFound => f.write_str("there is no such record"),
-            Self::InUse(tunnels) => {
-                let ids: Vec<&str> = tunnels.iter().map(TunnelId::as_str).collect();
-                write!(f, "tunnels still name this socket: {}", ids.join(", "))
-            }
-            Self::Unreadable(mistakes) => {
-                f.write_str("the stored record cannot be read by this version: ")?;
-                list(f, mistakes)
-            }
-            Self::Contended => f.write_str("too many writers at once"),
-            Self::Write(error) => error.fmt(f),
-            Self::Read(error) => error.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for RecordError {}
-
-impl From<ReadError> for RecordError {
-    fn from(error: ReadError) -> Self {
-        Self::Read(error)
-    }
-}
-
-fn mistake(at: impl Into<String>, problem: impl Into<String>, fix: impl Into<String>) -> Mistake {
-    Mistake { at: at.into(), problem: problem.into(), fix: fix.into() }
-}
-
-/// A type of record, by where it is kept.
-pub trait Record: Sized + Clone + Send + Sync + 'static {
-    /// Its id.
-    type Id: FromStr<Err = &'static str> + fmt::Display + Clone + Send + Sync;
-    /// Where it is kept: `<prefix><id>`.
-    const PREFIX: &'static str;
-    /// The word for it.
-    const NOUN: &'static str;
-    /// Its id.
-    fn id(&self) -> &Self::Id;
-    /// # Errors
-    /// Every mistake of the record.
-    fn from_record(id: &Self::Id, record: Map<String, Value>) -> Result<Self, Vec<Mistake>>;
-    /// The record as stored.
-    fn to_record(&self) -> Map<String, Value>;
-
-    /// The key of the record with this id.
-    fn key(id: &Self::Id) -> String {
-        format!("{}{id}", Self::PREFIX)
-    }
-
-    /// Reads a stored value.
-    ///
-    /// # Errors
-    /// Every mistake of the record.
-    fn from_value(id: &Self::Id, value: &str) -> Result<Self, Vec<Mistake>> {
-        match serde_json::from_str(value) {
-            Ok(Value::Object(map)) => Self::from_record(id, map),
-            Ok(_) => Err(vec![mistake("", "is not a table", "write a JSON object")]),
-            Err(error) => Err(vec![mistake("", format!("is not JSON: {error}"), "write a JSON object")]),
-        }
-    }
-}
-
-macro_rules! record_type {
-    ($t:ty, $id:ty, $prefix:literal, $noun:literal) => {
-        impl Record for $t {
-            type Id = $id;
-            const PREFIX: &'static str = $prefix;
-            const NOUN: &'static str = $noun;
-            fn id(&self) -> &$id {
-                &self.id
-            }
-            fn from_record(id: &$id, record: Map<String, Value>) -> Result<Self, Vec<Mistake>> {
-                <$t>::from_record(id, record)
-            }
-            fn to_record(&self) -> Map<String, Value> {
-                <$t>::to_record(self)
-            }
-        }
-    };
-}
-record_type!(Socket, SocketId, "cfg/sock/", "socket");
-record_type!(Tunnel, TunnelId, "cfg/tun/", "tunnel");
-record_type!(Certificate, CertificateId, "cert/", "certificate");
 
 /// Reads and writes records.
 pub struct Records {
@@ -503,71 +281,6 @@ impl Records {
         }
     }
 
-    /// Fills in names and ports, and checks what only this layer knows.
-    async fn completed(&self, mut socket: Socket, old: Option<&Entry>) -> Result<Socket, RecordError> {
-        let mut mistakes = Vec::new();
-        if socket.kind.by_name() && socket.hostnames.is_empty() {
-            match self.default_name(&socket) {
-                Ok(name) => socket.hostnames.push(name),
-                Err(wrong) => mistakes.push(wrong),
-            }
-        }
-        repeated("hostnames", &socket.hostnames, &mut mistakes);
-        repeated("ports", &socket.ports, &mut mistakes);
-        let kept = old.map(|e| claims::ports_of_record(&e.value)).unwrap_or_default();
-        let PortRange(range) = &self.settings.ports;
-        for (i, port) in socket.ports.iter().enumerate() {
-            // What it has already it may keep, whatever the range is today.
-            if !range.contains(port) && !kept.contains(port) {
-                let problem = format!("{port} is outside the range {}", self.settings.ports);
-                let fix = "choose one inside it, or leave ports out to have one chosen";
-                mistakes.push(mistake(format!("ports[{i}]"), problem, fix));
-            }
-        }
-        if !mistakes.is_empty() {
-            return Err(RecordError::Mistakes(mistakes));
-        }
-        if !socket.kind.by_name() && socket.ports.is_empty() {
-            socket.ports = if kept.is_empty() { vec![self.free_port(&socket.id).await?] } else { kept };
-        }
-        Ok(socket)
-    }
-
-    fn default_name(&self, socket: &Socket) -> Result<HostPattern, Mistake> {
-        let at = "hostnames";
-        let Some(domain) = &self.settings.domain else {
-            let problem = format!("is empty, and type {} is reached by name", socket.kind);
-            return Err(mistake(at, problem, "write a host name, or set records.domain on the node"));
-        };
-        let id = socket.id.as_str();
-        let name: Option<HostName> = if id.contains(['.', '_']) { None } else { format!("{id}.{domain}").parse().ok() };
-        name.map(Into::into).ok_or_else(|| {
-            let problem = format!("is empty, and the id \"{id}\" cannot be a name under {domain}");
-            mistake(at, problem, "write a host name, or choose an id of letters, digits and -")
-        })
-    }
-
-    /// A port that nobody has; the same one for the same id while it is free.
-    async fn free_port(&self, id: &SocketId) -> Result<u16, RecordError> {
-        let PortRange(range) = &self.settings.ports;
-        let (_, entries) = self.feed.list(claims::PORTS).await?;
-        let taken: std::collections::HashSet<u16> =
-            entries.iter().filter_map(|e| e.key.strip_prefix(claims::PORTS)?.parse().ok()).collect();
-        let size = u64::from(range.end() - range.start()) + 1;
-        let start = claims::stable_hash(id.as_str()) % size;
-        (0..size)
-            .filter_map(|i| u16::try_from(u64::from(*range.start()) + (start + i) % size).ok())
-            .find(|port| !taken.contains(port))
-            .ok_or_else(|| {
-                let problem = format!("all {size} ports of the range {} are taken", self.settings.ports);
-                RecordError::Taken(vec![mistake(
-                    "ports",
-                    problem,
-                    "delete a socket, or widen records.ports on the node",
-                )])
-            })
-    }
-
     async fn hold_socket(
         &self,
         txn: &mut Txn,
@@ -659,27 +372,4 @@ fn erase<R: Record>(txn: &mut Txn, id: &R::Id, old: &Entry) {
     let key = R::key(id);
     txn.expect.push((key.clone(), Expect::Rev(old.rev)));
     txn.ops.push(Op::Delete { key });
-}
-
-fn check_user(tunnel: &Tunnel) -> Result<(), RecordError> {
-    let Some(user) = &tunnel.user else { return Ok(()) };
-    if user.is_empty() || user.len() > USER_MAX || user.chars().any(char::is_control) {
-        let problem = "is not an SSH user name";
-        let fix = format!("write 1 to {USER_MAX} bytes without control characters, or leave it out");
-        return Err(RecordError::Mistakes(vec![mistake("user", problem, fix)]));
-    }
-    Ok(())
-}
-
-/// Records what a list names twice, and a list that is too long.
-fn repeated<T: PartialEq + fmt::Display>(field: &str, items: &[T], mistakes: &mut Vec<Mistake>) {
-    if items.len() > CLAIMS_MAX {
-        mistakes.push(mistake(field, format!("has {} items", items.len()), format!("write at most {CLAIMS_MAX}")));
-        return;
-    }
-    for (i, item) in items.iter().enumerate() {
-        if items.iter().take(i).any(|earlier| earlier == item) {
-            mistakes.push(mistake(format!("{field}[{i}]"), format!("\"{item}\" is named twice"), "name it once"));
-        }
-    }
 }
