@@ -96,6 +96,10 @@ impl ControlSettings {
             let problem = format!("{open} is not loopback, and no token is asked for");
             f.mistake("allow_anonymous_loopback", problem, "write false, or listen on 127.0.0.1".into());
         }
+        if settings.connections <= settings.watchers {
+            let problem = format!("leaves no room beside {} watchers", settings.watchers);
+            f.mistake("connections", problem, "write more connections than watchers".into());
+        }
         for (key, value) in [("heartbeat", settings.heartbeat), ("stall_deadline", settings.stall_deadline)] {
             if value.is_zero() {
                 f.mistake(key, "is 0".into(), "write a duration above 0".into());

@@ -48,7 +48,7 @@ pub(super) struct Disk {
     reserved: u64,
     /// The history on disk holds every revision after this one.
     floor: u64,
-    _lock: Option<File>,
+    lock: Option<File>,
     /// SQLite transactions so far, and how the next commit is made to fail.
     #[cfg(test)]
     pub(super) writes: usize,
@@ -103,7 +103,7 @@ impl Disk {
             connection: Some(connection),
             reserved: 0,
             floor: 0,
-            _lock: lock,
+            lock,
             #[cfg(test)]
             writes: 0,
             #[cfg(test)]
@@ -275,7 +275,11 @@ impl Disk {
         {
             tracing::warn!(%error, "the store's file did not close cleanly; it is recovered at the next start");
         }
-        self._lock = None;
+        // Unlocked by hand: a child process that is just being started may hold
+        // a copy of the descriptor for a moment.
+        if let Some(Err(error)) = self.lock.take().map(|lock| lock.unlock()) {
+            tracing::debug!(%error, "the store's lock goes with the process");
+        }
     }
 
     #[cfg(test)]

@@ -223,10 +223,16 @@ async fn transactions_that_wait_together_share_an_fsync() {
     let dir = folder();
     let store = Store::open(&dir.path().join("store.db"), StoreSettings::default()).unwrap();
     let (go, wait) = std::sync::mpsc::channel::<()>();
+    let (begun, writer_waits) = oneshot::channel();
     let held = tokio::spawn({
         let store = Arc::clone(&store);
-        async move { store.with_disk(move |_| wait.recv().unwrap()).await }
+        let hold = move |_: &mut Disk| {
+            begun.send(()).unwrap();
+            wait.recv().unwrap();
+        };
+        async move { store.with_disk(hold).await }
     });
+    writer_waits.await.unwrap();
     let commits: Vec<_> = (0..60)
         .map(|i| {
             let store = Arc::clone(&store);
@@ -326,4 +332,56 @@ mod on_disk {
 mod in_memory {
     use super::InMemory;
     crate::feed::conformance::conformance!(InMemory);
+}
+
+/// Measures rather than judges: run with `--ignored --nocapture`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scale() {
+    if std::env::var_os("ADIT_LONG").is_none() {
+        return eprintln!("skipped: a measurement for ADIT_LONG=1");
+    }
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = dir.path().join("store.db");
+    let store = Store::open(&path, StoreSettings::default()).unwrap();
+    let began = Instant::now();
+    let value = "x".repeat(450);
+    for block in 0..200 {
+        let ops = (0..500)
+            .map(|i| Op::Put { key: format!("cfg/sock/s{:06}", block * 500 + i), value: value.clone(), lease: None })
+            .collect();
+        store.commit(Txn { expect: vec![], ops }).await.unwrap();
+    }
+    println!("load 100 000 records: {:?}", began.elapsed());
+    let mut waits = Vec::new();
+    for i in 0..200 {
+        let began = Instant::now();
+        store.commit(put(&format!("cfg/sock/s{i:06}"), "y")).await.unwrap();
+        waits.push(began.elapsed());
+    }
+    waits.sort();
+    println!("one commit at 100 000: p50 {:?} p99 {:?}", waits[100], waits[198]);
+    let began = Instant::now();
+    let writers: Vec<_> = (0..64)
+        .map(|w| {
+            let store = Arc::clone(&store);
+            tokio::spawn(async move {
+                for i in 0..50 {
+                    store.commit(put(&format!("many/{w}/{i}"), "y")).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    println!("64 writers: {:.0} commits a second", 3200.0 / began.elapsed().as_secs_f64());
+    let began = Instant::now();
+    let mut watch = store.subscribe(&["cfg/"], None);
+    assert!(matches!(watch.next().await, Some(Event::Reset { state, .. }) if state.len() == 100_000));
+    println!("snapshot of 100 000: {:?}", began.elapsed());
+    store.close().await;
+    let began = Instant::now();
+    let store = Store::open(&path, StoreSettings::default()).unwrap();
+    println!("open with 100 000: {:?}, file {} MB", began.elapsed(), std::fs::metadata(&path).unwrap().len() >> 20);
+    store.close().await;
 }
