@@ -52,6 +52,10 @@ const WRITE_BYTES: usize = 64 * 1024;
 /// read: a minute, in which slow ones come back; they count as a connection.
 const LINGER: Duration = Duration::from_secs(60);
 
+/// How long the client may take to close a channel of which both sides are
+/// done: a round trip, and the origin's own close.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+
 /// What the channels of one session share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
@@ -122,6 +126,8 @@ struct Pipe {
     room: Notify,
     /// The visitor brought bytes, or is done: the upward pump may go on.
     work: Notify,
+    /// Bytes came for a stream that is gone.
+    unwanted: Notify,
     shared: Arc<Shared>,
     settings: Arc<ChannelSettings>,
     /// Hold the visitor's FIN back until the answer has ended.
@@ -160,10 +166,17 @@ async fn pump(pipe: Arc<Pipe>, read: ChannelReadHalf, write: ChannelWriteHalf<Ms
         let mut down = std::pin::pin!(down(&pipe, read));
         tokio::select! {
             end = &mut down => end,
-            () = up(&pipe, &write) => {
-                // The stream is gone; nobody reads any more.
-                None
-            }
+            left = up(&pipe, &write) => match left {
+                Left::Broken => None,
+                // The stream is gone; nobody reads any more. The library keeps
+                // what it has of a channel (3 KiB) until the session's end unless
+                // the client closes it first, so it is asked to by our EOF.
+                Left::Delivered { eof_sent } => tokio::select! {
+                    end = &mut down => end,
+                    () = pipe.unwanted.notified() => None,
+                    () = ask_to_close(&write, eof_sent) => None,
+                },
+            },
         }
     };
     if let Some(end) = end {
@@ -193,14 +206,33 @@ async fn down(pipe: &Pipe, mut read: ChannelReadHalf) -> Option<End> {
     }
 }
 
+/// Ends when the client has had its time to close.
+async fn ask_to_close(write: &ChannelWriteHalf<Msg>, eof_sent: bool) {
+    let asked = async {
+        if !eof_sent {
+            let _ = write.eof().await;
+        }
+        std::future::pending::<()>().await;
+    };
+    let _ = timeout(CLOSE_PATIENCE, asked).await;
+}
+
+/// How the upward direction ended.
+enum Left {
+    /// All bytes are on their way, and whether the EOF behind them is.
+    Delivered { eof_sent: bool },
+    /// They are not wanted, or cannot be delivered.
+    Broken,
+}
+
 /// Visitor to origin. Ends when the stream is gone and its bytes are delivered.
-async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
+async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) -> Left {
     let mut finished = false;
     loop {
         let work = pipe.work.notified();
         let (chunk, ours) = pipe.next_up();
         match (chunk, ours) {
-            (_, Ours::Reset) => return,
+            (_, Ours::Reset) => return Left::Broken,
             (Some(chunk), _) => {
                 let mut sending = std::pin::pin!(write.data_bytes(chunk));
                 let sent = tokio::select! {
@@ -211,7 +243,7 @@ async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
                     }
                 };
                 if !sent {
-                    return;
+                    return Left::Broken;
                 }
             }
             (None, Ours::Open) => work.await,
@@ -222,7 +254,7 @@ async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
                 finished = true;
                 work.await;
             }
-            (None, Ours::Dropped) => return,
+            (None, Ours::Dropped) => return Left::Delivered { eof_sent: finished && !pipe.hold_eof },
         }
     }
 }
@@ -245,6 +277,7 @@ impl Pipe {
             }),
             room: Notify::new(),
             work: Notify::new(),
+            unwanted: Notify::new(),
             shared,
             settings,
             hold_eof,
@@ -256,6 +289,7 @@ impl Pipe {
     fn offer(&self, data: &Bytes) -> bool {
         let mut state = self.state.lock();
         if state.ours == Ours::Dropped || state.ours == Ours::Reset {
+            self.unwanted.notify_one();
             return true; // nobody reads: let it pass
         }
         if state.inbox_bytes > 0 {
