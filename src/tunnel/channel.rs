@@ -217,9 +217,18 @@ async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
                 }
             }
             (Some(chunk), _) => {
-                tokio::select! {
-                    sent = write.data_bytes(chunk) => if sent.is_err() { return },
-                    () = pipe.was_reset() => return,
+                let mut sent = std::pin::pin!(write.data_bytes(chunk));
+                let done = tokio::select! {
+                    done = &mut sent => done.is_ok(),
+                    // Both sides may have said their end while these bytes wait
+                    // for the origin: a stream that was dropped loses none.
+                    left = pipe.was_left() => {
+                        let patience = pipe.settings.stall_deadline;
+                        left == Ours::Dropped && timeout(patience, sent).await.is_ok_and(|sent| sent.is_ok())
+                    }
+                };
+                if !done {
+                    return;
                 }
             }
             (None, Ours::Open) => work.await,
@@ -308,11 +317,12 @@ impl Pipe {
         (chunk, state.ours)
     }
 
-    async fn was_reset(&self) {
+    /// Waits until nobody holds the stream any more; tells how it was left.
+    async fn was_left(&self) -> Ours {
         loop {
             let work = self.work.notified();
             match self.state.lock().ours {
-                Ours::Reset | Ours::Dropped => return,
+                left @ (Ours::Reset | Ours::Dropped) => return left,
                 Ours::Open | Ours::Finished => {}
             }
             work.await;

@@ -14,6 +14,7 @@ mod faults;
 mod harness_itself;
 mod operator;
 mod owners;
+mod review;
 mod stall;
 mod takeover;
 mod types;
