@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -55,6 +55,10 @@ pub(super) struct Shared {
     queued: AtomicUsize,
     /// Channels whose visitor holds the session up now.
     held: AtomicUsize,
+    /// Bytes that have come from the peer, and visitors who held the session up.
+    heard: AtomicU64,
+    /// Bytes that have gone to the peer.
+    said: AtomicU64,
 }
 
 impl Shared {
@@ -64,9 +68,54 @@ impl Shared {
         self.held.load(Ordering::Acquire) > 0
     }
 
+    /// Grows with every sign of the peer's life, and where the session was held
+    /// up so that none could be seen.
+    pub(super) fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Acquire)
+    }
+
+    /// Bytes that have gone to the peer.
+    pub(super) fn said(&self) -> u64 {
+        self.said.load(Ordering::Relaxed)
+    }
+
     /// Bytes that wait for visitors now.
     pub(super) fn queued(&self) -> usize {
         self.queued.load(Ordering::Relaxed)
+    }
+}
+
+/// The connection under a session; tells `Shared` what it carries.
+pub(super) struct Wire<S> {
+    pub(super) stream: S,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let heard = buf.filled().len() - before;
+        self.shared.heard.fetch_add(u64::try_from(heard).unwrap_or(u64::MAX), Ordering::Relaxed);
+        read
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        if let Poll::Ready(Ok(n)) = &written {
+            self.shared.said.fetch_add(u64::try_from(*n).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+        written
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
@@ -379,6 +428,7 @@ impl<'a> Held<'a> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
+        self.0.heard.fetch_add(1, Ordering::AcqRel);
         self.0.held.fetch_sub(1, Ordering::AcqRel);
     }
 }

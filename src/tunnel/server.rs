@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::channel::Wire;
 use super::keys::{self, Login};
 use super::{Bind, Mode, Session, SshSettings, Tunnels, naming};
 use crate::limits::Permit;
@@ -84,7 +85,8 @@ impl Server {
             terminals: HashMap::new(),
             pending: None,
         };
-        let stream = BufReader::with_capacity(READ_BYTES, stream.with_head(banner.freeze()));
+        let wire = Wire { stream: stream.with_head(banner.freeze()), shared: Arc::clone(&session.shared) };
+        let stream = BufReader::with_capacity(READ_BYTES, wire);
         let starting = russh::server::run_stream(Arc::clone(config), stream, handler);
         let running = match tokio::time::timeout_at(deadline, starting).await {
             Ok(Ok(running)) => running,

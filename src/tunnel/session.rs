@@ -22,6 +22,9 @@ use crate::feed::Lease;
 use crate::limits::Permit;
 use crate::model::{TunnelId, Visitor};
 
+/// Bytes towards the peer that show a link at work while it is not heard.
+const SAID: u64 = 64 * 1024;
+
 /// How a forward was asked for, and so how its channels are opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Bind {
@@ -52,7 +55,7 @@ pub struct Session {
     pub(super) lease: Mutex<Option<Lease>>,
     pub(super) channels: Arc<AtomicUsize>,
     pub(super) authenticated: Notify,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// Clients that drop the answer after our CHANNEL_EOF.
     hold_eof: bool,
     rtt_us: AtomicU64,
@@ -198,7 +201,8 @@ impl Session {
 
     /// Watches the peer until the connection ends: a request that any client
     /// must answer, on a timer and at once after a slow open. A peer that does
-    /// not answer is dead, unless a visitor holds the session up just now.
+    /// not answer and says nothing else is dead, unless a visitor holds the
+    /// session up just now.
     pub(super) async fn watch(&self, interval: Duration, deadline: Duration) {
         let Some(handle) = self.handle.get() else { return };
         loop {
@@ -207,6 +211,7 @@ impl Session {
                 () = self.suspect.notified() => (deadline / 3, true),
             };
             let start = Instant::now();
+            let (mut heard, mut said, mut last_heard) = (self.shared.heard(), self.shared.said(), start);
             // Answered with REQUEST_FAILURE: nobody has such a forward.
             let probe = handle.cancel_forward_tcpip("rtt@adit".to_owned(), 0);
             tokio::pin!(probe);
@@ -219,6 +224,16 @@ impl Session {
                         break;
                     }
                     Err(_) if self.shared.is_held() => {}
+                    // The answer may wait behind megabytes on a slow link: a
+                    // peer that says anything at all is there.
+                    Err(_) if self.shared.heard() != heard => {
+                        (heard, last_heard) = (self.shared.heard(), Instant::now());
+                    }
+                    // The library hears nothing while it writes. That says less:
+                    // the kernel takes bytes for a dead peer too, for a while.
+                    Err(_) if self.shared.said() - said >= SAID && last_heard.elapsed() < deadline * 2 => {
+                        said = self.shared.said();
+                    }
                     Err(_) => {
                         tracing::info!(session = self.id, peer = %self.peer, asked, "the peer does not answer; session ended");
                         metrics::counter!("adit_sessions_dead_total").increment(1);
