@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -116,4 +117,21 @@ async fn an_upload_arrives_whole_where_the_origin_ended_its_side_first() {
         let (sent, arrived) = end.unwrap();
         assert_eq!(arrived, Ok(sent));
     }
+}
+
+/// A name under a recorded wildcard is claimed: open mode adds only what nobody
+/// claimed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recorded_wildcard_keeps_its_names_for_its_own_keys() {
+    let node = Node::start().await;
+    let owner = Key::new(&node.state(), "ed25519");
+    node.put("sockets/all", json!({ "type": "http", "hostnames": ["*.edge.localhost"] })).await;
+    node.put("tunnels/all", json!({ "socket": "all", "keys": [owner.line()] })).await;
+    let origin = Origin::http().await;
+    let forward = format!("web:80:{}", origin.target());
+    let stranger = Ssh::launch(&node, SshOpts::new(&[&forward]));
+    stranger.program.wait_for("remote port forwarding failed", 1, DEADLINE).await;
+    assert!(node.log().contains("taken by another key"), "{}", node.log());
+    assert_eq!(node.api("GET", "/v1/sockets/web", None).await.0, 404);
+    let _owner = Ssh::with(&node, SshOpts::new(&[&forward]).key(&owner)).await;
 }
