@@ -425,6 +425,12 @@ impl Writer {
         if from.epoch != self.epoch || from.rev > self.rev || self.rev - from.rev > self.history {
             return None;
         }
+        // What is kept may be less than what is promised now: an earlier run
+        // may have kept a shorter history.
+        let oldest: Option<i64> = self.connection.query_row("SELECT min(rev) FROM log", [], |row| row.get(0)).ok()?;
+        if from.rev < self.rev && oldest.is_none_or(|oldest| from_sql(oldest) > from.rev + 1) {
+            return None;
+        }
         let sql = "SELECT rev, key, value FROM log WHERE rev > ?1 ORDER BY rev, seq";
         let mut query = self.connection.prepare_cached(sql).ok()?;
         let rows = query.query_map([to_sql(from.rev)], |row| {
@@ -578,4 +584,33 @@ fn list(connection: &Connection, prefix: &str) -> rusqlite::Result<Vec<Entry>> {
 fn entry(row: &rusqlite::Row<'_>) -> rusqlite::Result<Entry> {
     let value: String = row.get(1)?;
     Ok(Entry { key: row.get(0)?, value: value.into(), rev: from_sql(row.get(2)?) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_longer_history_than_before_promises_nothing_that_was_trimmed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let put = |n: u64| Op::Put { key: format!("k/{n}"), value: n.to_string(), lease: None };
+        let store = Store::open(&path, StoreSettings { history: 4, ..StoreSettings::default() }).unwrap();
+        let (start, _) = store.list("k/").await.unwrap();
+        for n in 0..20 {
+            store.commit(Txn { expect: Vec::new(), ops: vec![put(n)] }).await.unwrap();
+        }
+        store.close().await;
+        drop(store);
+        let store = Store::open(&path, StoreSettings::default()).unwrap();
+        let mut events = store.subscribe(&["k/"], Some(start));
+        match events.next().await.unwrap() {
+            Event::Reset { state, .. } => assert_eq!(state.len(), 20),
+            other => panic!("resumed over a gap: {other:?}"),
+        }
+        let (at, _) = store.list("k/").await.unwrap();
+        let mut events = store.subscribe(&["k/"], Some(Cursor { rev: at.rev - 2, ..at.clone() }));
+        assert!(matches!(events.next().await.unwrap(), Event::Batch { at: first, .. } if first.rev == at.rev - 1));
+        store.close().await;
+    }
 }
