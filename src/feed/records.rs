@@ -311,7 +311,12 @@ impl Records {
     pub async fn delete<R: Record>(&self, id: &R::Id, condition: Condition) -> Result<u64, RecordError> {
         for _ in 0..TRIES {
             let Some((record, rev)) = self.get_leniently::<R>(id).await? else { return Err(RecordError::Missing) };
-            if matches!(condition, Condition::Rev(wanted) if wanted != rev) {
+            let holds = match condition {
+                Condition::Any | Condition::Present => true,
+                Condition::Absent => false,
+                Condition::Rev(wanted) => wanted == rev,
+            };
+            if !holds {
                 return Err(RecordError::Precondition(Some(rev)));
             }
             let key = key::<R>(id);
@@ -491,6 +496,18 @@ mod tests {
     fn records() -> Records {
         let store = Store::in_memory(StoreSettings::default()).unwrap();
         Records::new(store, PortRange { first: 20000, last: 20002 }, Some("edge.test".to_owned()))
+    }
+
+    #[tokio::test]
+    async fn a_delete_keeps_to_its_condition() {
+        let records = records();
+        let web = socket("web", SocketType::Http, &["web.test"]);
+        let rev = records.put(web.clone(), Condition::Any).await.unwrap().rev;
+        for condition in [Condition::Absent, Condition::Rev(rev + 1)] {
+            let refused = records.delete::<Socket>(&web.id, condition).await;
+            assert_eq!(refused, Err(RecordError::Precondition(Some(rev))), "{condition:?}");
+        }
+        records.delete::<Socket>(&web.id, Condition::Present).await.unwrap();
     }
 
     fn socket(id: &str, kind: SocketType, hosts: &[&str]) -> Socket {
