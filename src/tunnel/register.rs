@@ -221,7 +221,9 @@ impl Tunnels {
         }
         let host: HostName = format!("{label}.{domain}").parse().map_err(|_| format!("{name} is too long"))?;
         // A recorded wildcard claims the name too: its keys serve it, nobody else.
-        if kind.by_name() && let Some(route) = self.routes.by_host(host.as_str()) {
+        if kind.by_name()
+            && let Some(route) = self.routes.by_host(host.as_str())
+        {
             return self.of_socket(session, login, &route, None);
         }
         let bad_id = |_| format!("{label} cannot be a name: it must start with a letter or digit");
