@@ -73,9 +73,9 @@ impl Door {
             let mut handle = client::connect_stream(Arc::new(config), tcp, Opened(opened)).await.unwrap();
             handle.authenticate_keyboard_interactive_start("u", None).await.unwrap();
             handle.tcpip_forward("web", 80).await.unwrap();
-            handle
+            Client { handle, channels }
         };
-        Client { handle: timeout(SOON, login).await.unwrap(), channels }
+        timeout(SOON, login).await.unwrap()
     }
 
     async fn usual_client(&self) -> Client {
