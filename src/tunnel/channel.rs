@@ -45,13 +45,18 @@ pub(super) struct ChannelSettings {
 /// visitor wait. Two reads of the largest kind.
 const OUTBOX_BYTES: usize = 128 * 1024;
 
+/// What a queued piece costs besides its bytes: its handle and what the
+/// allocator keeps for it. Counted, or pieces of one byte would hold many times
+/// what the bounds say.
+const PIECE_BYTES: usize = 128;
+
 /// The largest piece of one write that is copied into the outbox.
 const WRITE_BYTES: usize = 64 * 1024;
 
 /// What the channels of one session share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    /// Bytes that wait for visitors now.
+    /// Bytes that wait for visitors now, with what keeping them costs.
     queued: AtomicUsize,
     /// Channels whose visitor holds the session up now.
     held: AtomicUsize,
@@ -182,25 +187,7 @@ impl SshStream {
         hold_eof: bool,
         permits: Vec<Permit>,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
-        let pipe = Arc::new(Pipe {
-            state: Mutex::new(State {
-                inbox: VecDeque::new(),
-                inbox_bytes: 0,
-                taken: 0,
-                end: None,
-                outbox: VecDeque::new(),
-                outbox_bytes: 0,
-                ours: Ours::Open,
-                pump_gone: false,
-                reader: None,
-                writer: None,
-            }),
-            room: Notify::new(),
-            work: Notify::new(),
-            shared,
-            settings,
-            hold_eof,
-        });
+        let pipe = Arc::new(Pipe::new(shared, settings, hold_eof));
         let (read, write) = channel.split();
         let pump = pump(Arc::clone(&pipe), read, write);
         (Self { pipe, _permits: permits }, pump)
@@ -294,23 +281,49 @@ async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
 }
 
 impl Pipe {
+    fn new(shared: Arc<Shared>, settings: Arc<ChannelSettings>, hold_eof: bool) -> Self {
+        Self {
+            state: Mutex::new(State {
+                inbox: VecDeque::new(),
+                inbox_bytes: 0,
+                taken: 0,
+                end: None,
+                outbox: VecDeque::new(),
+                outbox_bytes: 0,
+                ours: Ours::Open,
+                pump_gone: false,
+                reader: None,
+                writer: None,
+            }),
+            room: Notify::new(),
+            work: Notify::new(),
+            shared,
+            settings,
+            hold_eof,
+        }
+    }
+
     /// Queues bytes for the visitor, if there is room.
     fn offer(&self, data: &Bytes) -> bool {
+        if data.is_empty() {
+            return true; // a read of nothing would look like the end
+        }
         let mut state = self.state.lock();
         if state.ours == Ours::Dropped || state.ours == Ours::Reset {
             return true; // nobody reads: let it pass
         }
+        let cost = data.len() + PIECE_BYTES;
         if state.inbox_bytes > 0 {
             // Each channel's share shrinks as the session's budget fills, so
             // that a reading visitor always gets a packet through.
             let used = self.shared.queued();
             let share = self.settings.tunnel_buffer.saturating_sub(used) / 2;
-            if state.inbox_bytes + data.len() > self.settings.channel_buffer.min(share) {
+            if state.inbox_bytes + cost > self.settings.channel_buffer.min(share) {
                 return false;
             }
         }
-        state.inbox_bytes += data.len();
-        self.shared.queued.fetch_add(data.len(), Ordering::Relaxed);
+        state.inbox_bytes += cost;
+        self.shared.queued.fetch_add(cost, Ordering::Relaxed);
         state.inbox.push_back(data.clone());
         if let Some(reader) = state.reader.take() {
             reader.wake();
@@ -346,9 +359,9 @@ impl Pipe {
 
     fn finish(&self, end: End) {
         let mut state = self.state.lock();
-        if state.end.is_none() || end != End::Clean {
-            state.end = Some(end);
-        }
+        // After its EOF all the origin's bytes are here, whatever becomes of the
+        // session: the answer is whole.
+        state.end.get_or_insert(end);
         for waker in [state.reader.take(), state.writer.take()].into_iter().flatten() {
             waker.wake();
         }
@@ -358,7 +371,7 @@ impl Pipe {
         let mut state = self.state.lock();
         let chunk = state.outbox.pop_front();
         if let Some(chunk) = &chunk {
-            state.outbox_bytes -= chunk.len();
+            state.outbox_bytes -= chunk.len() + PIECE_BYTES;
             if let Some(writer) = state.writer.take() {
                 writer.wake();
             }
@@ -437,7 +450,7 @@ impl AsyncRead for SshStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let pipe = &self.pipe;
         let mut state = pipe.state.lock();
-        let mut moved = 0;
+        let (mut moved, mut freed) = (0, 0);
         while buf.remaining() > 0 {
             let Some(front) = state.inbox.front_mut() else { break };
             let n = front.len().min(buf.remaining());
@@ -445,14 +458,16 @@ impl AsyncRead for SshStream {
             front.advance(n);
             if front.is_empty() {
                 state.inbox.pop_front();
+                freed += PIECE_BYTES;
             }
             moved += n;
         }
-        if moved > 0 {
-            state.inbox_bytes -= moved;
+        freed += moved;
+        if freed > 0 {
+            state.inbox_bytes -= freed;
             state.taken = state.taken.wrapping_add(moved);
             drop(state);
-            pipe.shared.queued.fetch_sub(moved, Ordering::Relaxed);
+            pipe.shared.queued.fetch_sub(freed, Ordering::Relaxed);
             pipe.room.notify_one();
             return Poll::Ready(Ok(()));
         }
@@ -482,7 +497,7 @@ impl AsyncWrite for SshStream {
         }
         let n = buf.len().min(WRITE_BYTES);
         state.outbox.push_back(Bytes::copy_from_slice(buf.get(..n).unwrap_or_default()));
-        state.outbox_bytes += n;
+        state.outbox_bytes += n + PIECE_BYTES;
         drop(state);
         self.pipe.work.notify_one();
         Poll::Ready(Ok(n))
@@ -510,5 +525,51 @@ impl Duplex for SshStream {
 impl Drop for SshStream {
     fn drop(&mut self) {
         self.pipe.set_ours(Ours::Dropped);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    fn stream(channel_buffer: usize) -> SshStream {
+        let settings = ChannelSettings {
+            channel_buffer,
+            tunnel_buffer: 1 << 30,
+            stall_deadline: Duration::from_secs(10),
+            stall_floor: 1,
+        };
+        SshStream { pipe: Arc::new(Pipe::new(Arc::default(), Arc::new(settings), false)), _permits: Vec::new() }
+    }
+
+    #[tokio::test]
+    async fn pieces_of_one_byte_are_bounded_like_large_ones() {
+        let mut stream = stream(64 << 10);
+        let pipe = Arc::clone(&stream.pipe);
+        let pieces = (0..100_000).take_while(|_| pipe.offer(&Bytes::from_static(b"x"))).count();
+        assert!(pieces <= 1024, "{pieces} pieces wait");
+        let mut taken = vec![0; pieces];
+        stream.read_exact(&mut taken).await.unwrap();
+        assert_eq!((pipe.shared.queued(), pipe.state.lock().inbox_bytes), (0, 0));
+        assert!(pipe.offer(&Bytes::new()));
+        let nothing = tokio::time::timeout(Duration::from_millis(10), stream.read(&mut [0; 8])).await;
+        assert!(nothing.is_err(), "an empty piece ended the stream: {nothing:?}");
+        assert!(pipe.offer(&Bytes::from_static(b"xyz")));
+        drop(stream);
+        assert_eq!(pipe.shared.queued(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_has_ended_stays_whole_when_the_session_is_lost() {
+        let mut stream = stream(64 << 10);
+        let pipe = Arc::clone(&stream.pipe);
+        assert!(pipe.offer(&Bytes::from_static(b"whole")));
+        pipe.finish(End::Clean);
+        pipe.finish(End::SessionLost);
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, "whole");
     }
 }
