@@ -71,12 +71,13 @@ impl Server {
         };
         let deadline = tokio::time::Instant::now() + tunnels.settings.login_deadline;
         let _ = tcp.set_nodelay(true);
-        let wire = socket2::SockRef::from(&tcp).try_clone().ok();
+        // Without a hold on the connection no deadline could end it.
+        let Ok(wire) = socket2::SockRef::from(&tcp).try_clone() else { return refuse(peer, "descriptors") };
         let mut stream = Stream::tcp(tcp).with_head(head);
         let banner = peek_banner(&mut stream).await;
         let id = tunnels.next_id.fetch_add(1, Ordering::Relaxed);
         let client = String::from_utf8_lossy(&banner).trim_end().to_owned();
-        let session = Arc::new(Session::new(id, peer, wire));
+        let session = Arc::new(Session::new(id, peer, Some(wire)));
         let _gone = Gone { tunnels: Arc::clone(tunnels), session: Arc::clone(&session) };
         let config = if client.starts_with("SSH-2.0-OpenSSH_") { &self.gcm_only } else { &self.all_ciphers };
         let handler = Owner {
