@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use dashmap::DashMap;
 use parking_lot::Mutex;
 
-use crate::model::{HostName, Socket, SocketId, Tunnel, TunnelId};
+use crate::model::{AuthorizedKey, HostName, Socket, SocketId, Tunnel, TunnelId};
 
 /// All that a visit needs to know of its socket.
 #[derive(Debug)]
@@ -150,27 +150,28 @@ impl Routes {
         }
     }
 
-    /// Puts a tunnel in, in place of its former version.
+    /// Puts a tunnel in, in place of its former version: what is new first, so
+    /// that what both have is never missing in between.
     pub fn put_tunnel(&self, tunnel: Tunnel) {
         let _writer = self.writer.lock();
-        let id = tunnel.id.clone();
-        let socket = tunnel.socket.clone();
-        if let Some((_, old)) = self.tunnels.remove(&id) {
-            self.forget_tunnel(&old, old.socket != socket);
-        }
+        let tunnel = Arc::new(tunnel);
+        let (id, socket) = (&tunnel.id, &tunnel.socket);
         if let (Some(user), Some(port)) = (&tunnel.user, tunnel.relay_port) {
             self.by_relay.insert((user.as_str().into(), port), id.clone());
         }
         for key in &tunnel.keys {
-            insert_sorted(&mut self.by_key.entry(key.fingerprint.as_str().into()).or_default(), &id);
+            insert_sorted(&mut self.by_key.entry(key.fingerprint.as_str().into()).or_default(), id);
         }
         for ca in &tunnel.cert_authorities {
-            insert_sorted(&mut self.by_authority.entry(ca.fingerprint.as_str().into()).or_default(), &id);
+            insert_sorted(&mut self.by_authority.entry(ca.fingerprint.as_str().into()).or_default(), id);
         }
-        self.tunnels.insert(id.clone(), Arc::new(tunnel));
-        let grown = insert_sorted(&mut self.of_socket.entry(socket.clone()).or_default(), &id);
+        let old = self.tunnels.insert(id.clone(), Arc::clone(&tunnel));
+        let grown = insert_sorted(&mut self.of_socket.entry(socket.clone()).or_default(), id);
         if grown {
-            self.republish(&socket);
+            self.republish(socket);
+        }
+        if let Some(old) = old {
+            self.forget_tunnel(&old, Some(&tunnel));
         }
     }
 
@@ -178,21 +179,24 @@ impl Routes {
     pub fn remove_tunnel(&self, id: &TunnelId) {
         let _writer = self.writer.lock();
         if let Some((_, old)) = self.tunnels.remove(id) {
-            self.forget_tunnel(&old, true);
+            self.forget_tunnel(&old, None);
         }
     }
 
-    fn forget_tunnel(&self, old: &Tunnel, leaves_socket: bool) {
-        if let (Some(user), Some(port)) = (&old.user, old.relay_port) {
+    /// Takes out what a tunnel had and its new version, if any, has not.
+    fn forget_tunnel(&self, old: &Tunnel, new: Option<&Tunnel>) {
+        if let (Some(user), Some(port)) = (&old.user, old.relay_port)
+            && new.is_none_or(|new| (&new.user, new.relay_port) != (&old.user, old.relay_port))
+        {
             self.by_relay.remove_if(&(user.as_str().into(), port), |_, id| *id == old.id);
         }
-        for key in &old.keys {
+        for key in old.keys.iter().filter(|key| new.is_none_or(|new| !has(&new.keys, key))) {
             remove_sorted(&self.by_key, key.fingerprint.as_str(), &old.id);
         }
-        for ca in &old.cert_authorities {
+        for ca in old.cert_authorities.iter().filter(|ca| new.is_none_or(|new| !has(&new.cert_authorities, ca))) {
             remove_sorted(&self.by_authority, ca.fingerprint.as_str(), &old.id);
         }
-        if leaves_socket {
+        if new.is_none_or(|new| new.socket != old.socket) {
             if let Some(mut ids) = self.of_socket.get_mut(&old.socket) {
                 ids.retain(|id| *id != old.id);
             }
@@ -246,6 +250,10 @@ impl Routes {
     pub fn same_name(sni: Option<&HostName>, host: &str) -> bool {
         sni.is_some_and(|sni| sni.as_str() == host)
     }
+}
+
+fn has(keys: &[AuthorizedKey], key: &AuthorizedKey) -> bool {
+    keys.iter().any(|k| k.fingerprint == key.fingerprint)
 }
 
 /// Whether it was not there yet.
@@ -304,6 +312,38 @@ mod tests {
         assert!(routes.by_host("b.test").is_none() && routes.by_port(20000).is_some());
         routes.remove_socket(&"a".parse().unwrap());
         assert!(routes.by_port(20000).is_none() && routes.size() == (0, 0));
+    }
+
+    #[test]
+    fn a_replaced_tunnel_is_never_missing_in_between() {
+        let routes = Routes::default();
+        let mut tunnel = Tunnel::new("t".parse().unwrap(), "a".parse().unwrap());
+        (tunnel.user, tunnel.relay_port) = (Some("u".to_owned()), Some(5000));
+        tunnel.keys = vec![AuthorizedKey { line: "l".to_owned(), fingerprint: "f".to_owned() }];
+        routes.put_tunnel(tunnel.clone());
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let until = std::time::Instant::now() + std::time::Duration::from_millis(300);
+                while std::time::Instant::now() < until {
+                    routes.put_tunnel(tunnel.clone());
+                }
+                done.store(true, Ordering::Relaxed);
+            });
+            while !done.load(Ordering::Relaxed) {
+                assert!(routes.tunnel(&tunnel.id).is_some(), "the tunnel was missing");
+                assert!(routes.by_relay("u", 5000).is_some(), "its relay port was missing");
+                assert!(routes.knows_key("f"), "its key was missing");
+            }
+        });
+        let mut other = Tunnel::new("t".parse().unwrap(), "b".parse().unwrap());
+        other.keys = vec![AuthorizedKey { line: "g".to_owned(), fingerprint: "g".to_owned() }];
+        routes.put_tunnel(other);
+        assert!(routes.by_relay("u", 5000).is_none() && !routes.knows_key("f") && routes.knows_key("g"));
+        assert!(routes.tunnels_of(&"a".parse().unwrap()).is_empty());
+        assert_eq!(routes.tunnels_of(&"b".parse().unwrap()).len(), 1);
+        routes.remove_tunnel(&tunnel.id);
+        assert!(routes.by_key.is_empty() && routes.of_socket.is_empty() && routes.tunnels.is_empty());
     }
 
     #[test]

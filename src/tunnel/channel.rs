@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -45,6 +45,11 @@ pub(super) struct ChannelSettings {
 /// visitor wait. Two reads of the largest kind.
 const OUTBOX_BYTES: usize = 128 * 1024;
 
+/// What a queued piece costs besides its bytes: its handle and what the
+/// allocator keeps for it. Counted, or pieces of one byte would hold many times
+/// what the bounds say.
+const PIECE_BYTES: usize = 128;
+
 /// The largest piece of one write that is copied into the outbox.
 const WRITE_BYTES: usize = 64 * 1024;
 
@@ -59,13 +64,17 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 /// What the channels of one session share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    /// Bytes that wait for visitors now.
+    /// Bytes that wait for visitors now, with what keeping them costs.
     queued: AtomicUsize,
     /// Channels whose visitor holds the session up now.
     held: AtomicUsize,
     /// When it began that visitors hold the session up, one after another, and
     /// when the last of them ended.
     streak: Mutex<Option<(Instant, Instant)>>,
+    /// Bytes that have come from the peer, and visitors who held the session up.
+    heard: AtomicU64,
+    /// Bytes that have gone to the peer.
+    said: AtomicU64,
 }
 
 impl Shared {
@@ -75,9 +84,54 @@ impl Shared {
         self.held.load(Ordering::Acquire) > 0
     }
 
+    /// Grows with every sign of the peer's life, and where the session was held
+    /// up so that none could be seen.
+    pub(super) fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Acquire)
+    }
+
+    /// Bytes that have gone to the peer.
+    pub(super) fn said(&self) -> u64 {
+        self.said.load(Ordering::Relaxed)
+    }
+
     /// Bytes that wait for visitors now.
     pub(super) fn queued(&self) -> usize {
         self.queued.load(Ordering::Relaxed)
+    }
+}
+
+/// The connection under a session; tells `Shared` what it carries.
+pub(super) struct Wire<S> {
+    pub(super) stream: S,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let heard = buf.filled().len() - before;
+        self.shared.heard.fetch_add(u64::try_from(heard).unwrap_or(u64::MAX), Ordering::Relaxed);
+        read
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        if let Poll::Ready(Ok(n)) = &written {
+            self.shared.said.fetch_add(u64::try_from(*n).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+        written
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
@@ -287,24 +341,28 @@ impl Pipe {
 
     /// Queues bytes for the visitor, if there is room.
     fn offer(&self, data: &Bytes) -> bool {
+        if data.is_empty() {
+            return true; // a read of nothing would look like the end
+        }
         let mut state = self.state.lock();
         if state.ours == Ours::Dropped || state.ours == Ours::Reset {
             self.unwanted.notify_one();
             return true; // nobody reads: let it pass
         }
+        let cost = data.len() + PIECE_BYTES;
         if state.inbox_bytes > 0 {
             // Each channel's share shrinks as the session's budget fills, so
             // that a reading visitor always gets a packet through.
             let used = self.shared.queued();
             let share = self.settings.tunnel_buffer.saturating_sub(used) / 2;
-            if state.inbox_bytes + data.len() > self.settings.channel_buffer.min(share) {
+            if state.inbox_bytes + cost > self.settings.channel_buffer.min(share) {
                 return false;
             }
         } else {
             (state.waits_since, state.taken) = (Instant::now(), 0);
         }
-        state.inbox_bytes += data.len();
-        self.shared.queued.fetch_add(data.len(), Ordering::Relaxed);
+        state.inbox_bytes += cost;
+        self.shared.queued.fetch_add(cost, Ordering::Relaxed);
         state.inbox.push_back(data.clone());
         if let Some(reader) = state.reader.take() {
             reader.wake();
@@ -354,7 +412,7 @@ impl Pipe {
         let mut state = self.state.lock();
         let chunk = state.outbox.pop_front();
         if let Some(chunk) = &chunk {
-            state.outbox_bytes -= chunk.len();
+            state.outbox_bytes -= chunk.len() + PIECE_BYTES;
             if let Some(writer) = state.writer.take() {
                 writer.wake();
             }
@@ -433,6 +491,7 @@ impl<'a> Held<'a> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
+        self.shared.heard.fetch_add(1, Ordering::AcqRel);
         *self.shared.streak.lock() = Some((self.streak, Instant::now()));
         self.shared.held.fetch_sub(1, Ordering::AcqRel);
     }
@@ -442,7 +501,7 @@ impl AsyncRead for SshStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let pipe = &self.pipe;
         let mut state = pipe.state.lock();
-        let mut moved = 0;
+        let (mut moved, mut freed) = (0, 0);
         while buf.remaining() > 0 {
             let Some(front) = state.inbox.front_mut() else { break };
             let n = front.len().min(buf.remaining());
@@ -450,17 +509,19 @@ impl AsyncRead for SshStream {
             front.advance(n);
             if front.is_empty() {
                 state.inbox.pop_front();
+                freed += PIECE_BYTES;
             }
             moved += n;
         }
-        if moved > 0 {
-            state.inbox_bytes -= moved;
+        freed += moved;
+        if freed > 0 {
+            state.inbox_bytes -= freed;
             state.taken += moved;
             if state.taken >= pipe.settings.stall_floor {
                 (state.waits_since, state.taken) = (Instant::now(), 0);
             }
             drop(state);
-            pipe.shared.queued.fetch_sub(moved, Ordering::Relaxed);
+            pipe.shared.queued.fetch_sub(freed, Ordering::Relaxed);
             pipe.room.notify_one();
             return Poll::Ready(Ok(()));
         }
@@ -490,7 +551,7 @@ impl AsyncWrite for SshStream {
         }
         let n = buf.len().min(WRITE_BYTES);
         state.outbox.push_back(Bytes::copy_from_slice(buf.get(..n).unwrap_or_default()));
-        state.outbox_bytes += n;
+        state.outbox_bytes += n + PIECE_BYTES;
         drop(state);
         self.pipe.work.notify_one();
         Poll::Ready(Ok(n))
@@ -523,6 +584,8 @@ impl Drop for SshStream {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt;
+
     use super::*;
 
     const DEADLINE: Duration = Duration::from_secs(10);
@@ -571,5 +634,44 @@ mod tests {
         }
         drop(slow.await.unwrap());
         assert_eq!(pipe.shared.queued(), 0);
+    }
+
+    fn stream(channel_buffer: usize) -> SshStream {
+        let settings = ChannelSettings {
+            channel_buffer,
+            tunnel_buffer: 1 << 30,
+            stall_deadline: Duration::from_secs(10),
+            stall_floor: 1,
+        };
+        SshStream { pipe: Arc::new(Pipe::new(Arc::default(), Arc::new(settings), false, Vec::new())) }
+    }
+
+    #[tokio::test]
+    async fn pieces_of_one_byte_are_bounded_like_large_ones() {
+        let mut stream = stream(64 << 10);
+        let pipe = Arc::clone(&stream.pipe);
+        let pieces = (0..100_000).take_while(|_| pipe.offer(&Bytes::from_static(b"x"))).count();
+        assert!(pieces <= 1024, "{pieces} pieces wait");
+        let mut taken = vec![0; pieces];
+        stream.read_exact(&mut taken).await.unwrap();
+        assert_eq!((pipe.shared.queued(), pipe.state.lock().inbox_bytes), (0, 0));
+        assert!(pipe.offer(&Bytes::new()));
+        let nothing = tokio::time::timeout(Duration::from_millis(10), stream.read(&mut [0; 8])).await;
+        assert!(nothing.is_err(), "an empty piece ended the stream: {nothing:?}");
+        assert!(pipe.offer(&Bytes::from_static(b"xyz")));
+        drop(stream);
+        assert_eq!(pipe.shared.queued(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_has_ended_stays_whole_when_the_session_is_lost() {
+        let mut stream = stream(64 << 10);
+        let pipe = Arc::clone(&stream.pipe);
+        assert!(pipe.offer(&Bytes::from_static(b"whole")));
+        pipe.finish(End::Clean);
+        pipe.finish(End::SessionLost);
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, "whole");
     }
 }

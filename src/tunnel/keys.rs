@@ -45,7 +45,11 @@ impl Login {
         match self {
             Self::Key(key) => tunnel.keys.iter().any(|k| k.fingerprint == key.fingerprint),
             Self::Certificate { authority, principals, may_forward } => {
-                let trusted = tunnel.cert_authorities.iter().chain(node_authorities);
+                let names_somebody = !tunnel.principals.is_empty() || tunnel.user.is_some();
+                // The node's CAs serve whom a record names. One that names only
+                // keys, as those made on demand do, is for these keys alone.
+                let of_node = node_authorities.iter().filter(|_| names_somebody);
+                let trusted = tunnel.cert_authorities.iter().chain(of_node);
                 let named = |p: &String| match (tunnel.principals.is_empty(), &tunnel.user) {
                     (false, _) => tunnel.principals.contains(p),
                     (true, Some(wanted)) => p == wanted,
@@ -133,6 +137,30 @@ pub(crate) fn source_matches(list: &str, peer: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn key(fingerprint: &str) -> AuthorizedKey {
+        AuthorizedKey { line: String::new(), fingerprint: fingerprint.to_owned() }
+    }
+
+    #[test]
+    fn a_certificate_of_the_nodes_ca_serves_only_tunnels_that_name_its_principal() {
+        let ca = key("ca");
+        let login =
+            Login::Certificate { authority: ca.clone(), principals: vec!["mallory".to_owned()], may_forward: true };
+        let may = |tunnel: &Tunnel| login.may_serve("mallory", tunnel, std::slice::from_ref(&ca));
+        let mut tunnel = Tunnel::new("web".parse().unwrap(), "web".parse().unwrap());
+        tunnel.keys = vec![key("alice")];
+        assert!(!may(&tunnel), "served for a key that it does not hold");
+        tunnel.principals = vec!["alice".to_owned()];
+        assert!(!may(&tunnel));
+        tunnel.principals.push("mallory".to_owned());
+        assert!(may(&tunnel));
+        tunnel.principals.clear();
+        tunnel.user = Some("mallory".to_owned());
+        assert!(may(&tunnel));
+        (tunnel.user, tunnel.cert_authorities) = (None, vec![ca.clone()]);
+        assert!(may(&tunnel), "a record that trusts the CA itself takes whom it let in");
+    }
 
     #[test]
     fn a_source_address_list_matches_addresses_and_blocks() {

@@ -8,6 +8,8 @@ pub mod naming;
 mod register;
 mod server;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

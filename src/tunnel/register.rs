@@ -220,6 +220,12 @@ impl Tunnels {
             return Err(format!("{name} is not under {domain}: names made on demand are NAME or NAME.{domain}"));
         }
         let host: HostName = format!("{label}.{domain}").parse().map_err(|_| format!("{name} is too long"))?;
+        // A recorded wildcard claims the name too: its keys serve it, nobody else.
+        if kind.by_name()
+            && let Some(route) = self.routes.by_host(host.as_str())
+        {
+            return self.of_socket(session, login, &route, None);
+        }
         let bad_id = |_| format!("{label} cannot be a name: it must start with a letter or digit");
         let mut socket = Socket::new(label.parse().map_err(bad_id)?, kind);
         if kind != SocketType::Tcp {

@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::channel::Wire;
 use super::keys::{self, Login};
 use super::{Bind, Mode, Session, SshSettings, Tunnels, naming};
 use crate::limits::Permit;
@@ -71,12 +72,13 @@ impl Server {
         };
         let deadline = tokio::time::Instant::now() + tunnels.settings.login_deadline;
         let _ = tcp.set_nodelay(true);
-        let wire = socket2::SockRef::from(&tcp).try_clone().ok();
+        // Without a hold on the connection no deadline could end it.
+        let Ok(wire) = socket2::SockRef::from(&tcp).try_clone() else { return refuse(peer, "descriptors") };
         let mut stream = Stream::tcp(tcp).with_head(head);
         let banner = peek_banner(&mut stream).await;
         let id = tunnels.next_id.fetch_add(1, Ordering::Relaxed);
         let client = String::from_utf8_lossy(&banner).trim_end().to_owned();
-        let session = Arc::new(Session::new(id, peer, wire, &client));
+        let session = Arc::new(Session::new(id, peer, Some(wire)));
         let _gone = Gone { tunnels: Arc::clone(tunnels), session: Arc::clone(&session) };
         let config = if client.starts_with("SSH-2.0-OpenSSH_") { &self.gcm_only } else { &self.all_ciphers };
         let handler = Owner {
@@ -85,7 +87,8 @@ impl Server {
             terminals: HashMap::new(),
             pending: None,
         };
-        let stream = BufReader::with_capacity(READ_BYTES, stream.with_head(banner.freeze()));
+        let wire = Wire { stream: stream.with_head(banner.freeze()), shared: Arc::clone(&session.shared) };
+        let stream = BufReader::with_capacity(READ_BYTES, wire);
         let starting = russh::server::run_stream(Arc::clone(config), stream, handler);
         let running = match tokio::time::timeout_at(deadline, starting).await {
             Ok(Ok(running)) => running,
@@ -244,7 +247,8 @@ struct Owner {
     pending: Option<Login>,
 }
 
-/// Session channels of one connection that wait for a shell.
+/// Session channels of one connection that wait for a shell, and that show the
+/// console.
 const TERMINALS: usize = 4;
 
 impl Owner {
@@ -319,14 +323,18 @@ impl Owner {
     }
 
     fn start_console(&mut self, id: ChannelId, session: &mut russh::server::Session) -> Result<(), russh::Error> {
-        match self.terminals.remove(&id) {
-            Some((channel, pty)) => {
+        let Some((channel, pty)) = self.terminals.remove(&id) else { return session.channel_failure(id) };
+        match Permit::take(&self.session.terminals, TERMINALS) {
+            Some(place) => {
                 session.channel_success(id)?;
                 let owner = Arc::clone(&self.session);
-                self.tunnels.tasks.spawn(owner.serve_console(channel, pty));
+                self.tunnels.tasks.spawn(owner.serve_console(channel, pty, place));
                 Ok(())
             }
-            None => session.channel_failure(id),
+            None => {
+                session.channel_failure(id)?;
+                session.close(id)
+            }
         }
     }
 }
@@ -406,6 +414,7 @@ impl Handler for Owner {
             );
             let _ = self.session.login.set(login);
         }
+        self.session.meet(session.remote_sshid());
         let _ = self.session.handle.set(session.handle());
         self.tunnels.sessions.insert(self.session.id, Arc::clone(&self.session));
         self.session.authenticated.notify_one();

@@ -2,7 +2,7 @@
 //! whether its peer is still there.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -21,6 +21,9 @@ use crate::error::Error;
 use crate::feed::Lease;
 use crate::limits::Permit;
 use crate::model::{TunnelId, Visitor};
+
+/// Bytes towards the peer that show a link at work while it is not heard.
+const SAID: u64 = 64 * 1024;
 
 /// How a forward was asked for, and so how its channels are opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,16 +55,18 @@ pub struct Session {
     pub(super) lease: Mutex<Option<Lease>>,
     pub(super) channels: Arc<AtomicUsize>,
     pub(super) authenticated: Notify,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// Clients that drop the answer after our CHANNEL_EOF.
-    hold_eof: bool,
+    hold_eof: AtomicBool,
+    /// Terminals that show the console now.
+    pub(super) terminals: Arc<AtomicUsize>,
     rtt_us: AtomicU64,
     suspect: Notify,
     wire: Mutex<Option<socket2::Socket>>,
 }
 
 impl Session {
-    pub(super) fn new(id: u64, peer: SocketAddr, wire: Option<socket2::Socket>, client_banner: &str) -> Self {
+    pub(super) fn new(id: u64, peer: SocketAddr, wire: Option<socket2::Socket>) -> Self {
         Self {
             id,
             peer,
@@ -77,14 +82,21 @@ impl Session {
             channels: Arc::default(),
             authenticated: Notify::new(),
             shared: Arc::default(),
-            // Measured: Go's client closes the channel on our EOF, answer or not.
-            hold_eof: ["SSH-2.0-Go", "SSH-2.0-Mysocketctl", "SSH-2.0-mysocketctl"]
-                .iter()
-                .any(|p| client_banner.starts_with(p)),
+            hold_eof: AtomicBool::new(false),
+            terminals: Arc::default(),
             rtt_us: AtomicU64::new(0),
             suspect: Notify::new(),
             wire: Mutex::new(wire),
         }
+    }
+
+    /// Learns what the client calls itself (RFC 4253 §4.2).
+    pub(super) fn meet(&self, client: &[u8]) {
+        // Measured: Go's client closes the channel on our EOF, answer or not.
+        let drops_answers = ["SSH-2.0-Go", "SSH-2.0-Mysocketctl", "SSH-2.0-mysocketctl"]
+            .iter()
+            .any(|p| client.starts_with(p.as_bytes()));
+        self.hold_eof.store(drops_answers, Ordering::Relaxed);
     }
 
     /// The SSH user name; empty before login.
@@ -128,9 +140,10 @@ impl Session {
         let handle = self.handle.get().cloned().ok_or(Error::TunnelLost)?;
         let settings = &tunnels.settings;
         permits.push(Permit::take(&self.channels, settings.connections_per_tunnel).ok_or(Error::TunnelLimit)?);
-        let (answer, opened) = tokio::sync::oneshot::channel::<(Channel<Msg>, Vec<Permit>)>();
+        let (answer, opened) = tokio::sync::oneshot::channel::<SshStream>();
         let (bind, visitor, deadline) = (bind.clone(), *visitor, settings.open_deadline);
-        let session = Arc::clone(self);
+        let (session, tasks) = (Arc::clone(self), tunnels.tasks.clone());
+        let channel_settings = Arc::clone(&tunnels.channel_settings);
         let (failed, failure) = tokio::sync::oneshot::channel();
         // In a task of its own: the library ends the whole session if the
         // answer to an open finds its asker gone.
@@ -148,9 +161,13 @@ impl Session {
             tokio::select! {
                 result = open => match result {
                     Ok(channel) => {
-                        if let Err((channel, _)) = answer.send((channel, permits)) {
-                            let _ = timeout(deadline, channel.close()).await;
-                        }
+                        // A stream at once: wherever it is dropped, also on its
+                        // way to a caller who has left, its channel is closed.
+                        let shared = Arc::clone(&session.shared);
+                        let hold_eof = session.hold_eof.load(Ordering::Relaxed);
+                        let (stream, pump) = SshStream::new(channel, shared, channel_settings, hold_eof, permits);
+                        tasks.spawn(pump);
+                        let _ = answer.send(stream);
                     }
                     Err(SshError::ChannelOpenFailure(_)) => { let _ = failed.send(Error::OriginRefused); }
                     Err(_) => { let _ = failed.send(Error::TunnelLost); }
@@ -159,17 +176,7 @@ impl Session {
             }
         });
         match timeout(deadline, opened).await {
-            Ok(Ok((channel, permits))) => {
-                let (stream, pump) = SshStream::new(
-                    channel,
-                    Arc::clone(&self.shared),
-                    Arc::clone(&tunnels.channel_settings),
-                    self.hold_eof,
-                    permits,
-                );
-                tunnels.tasks.spawn(pump);
-                Ok(stream)
-            }
+            Ok(Ok(stream)) => Ok(stream),
             Ok(Err(_)) => Err(failure.await.unwrap_or(Error::TunnelLost)),
             Err(_) => Err(Error::TunnelSilent),
         }
@@ -198,7 +205,8 @@ impl Session {
 
     /// Watches the peer until the connection ends: a request that any client
     /// must answer, on a timer and at once after a slow open. A peer that does
-    /// not answer is dead, unless a visitor holds the session up just now.
+    /// not answer and says nothing else is dead, unless a visitor holds the
+    /// session up just now.
     pub(super) async fn watch(&self, interval: Duration, deadline: Duration) {
         let Some(handle) = self.handle.get() else { return };
         // At once after the login: the first visitor's order may depend on it.
@@ -211,6 +219,7 @@ impl Session {
             pause = interval;
             let start = Instant::now();
             let mut patience = if asked { deadline / 3 } else { deadline };
+            let (mut heard, mut said, mut last_heard) = (self.shared.heard(), self.shared.said(), start);
             // Answered with REQUEST_FAILURE: nobody has such a forward.
             let probe = handle.cancel_forward_tcpip("rtt@adit".to_owned(), 0);
             tokio::pin!(probe);
@@ -225,8 +234,23 @@ impl Session {
                     // The question is asked already; the answer is more urgent now.
                     () = self.suspect.notified() => patience = patience.min(start.elapsed() + deadline / 3),
                     () = sleep(patience.saturating_sub(start.elapsed())) => {
+                        let more = deadline / 3;
                         if self.shared.is_held() {
-                            patience += deadline / 3;
+                            patience = start.elapsed() + more;
+                            continue;
+                        }
+                        // The answer may wait behind megabytes on a slow link: a
+                        // peer that says anything at all is there.
+                        if self.shared.heard() != heard {
+                            (heard, last_heard) = (self.shared.heard(), Instant::now());
+                            patience = start.elapsed() + more;
+                            continue;
+                        }
+                        // The library hears nothing while it writes. That says less:
+                        // the kernel takes bytes for a dead peer too, for a while.
+                        if self.shared.said() - said >= SAID && last_heard.elapsed() < deadline * 2 {
+                            said = self.shared.said();
+                            patience = start.elapsed() + more;
                             continue;
                         }
                         tracing::info!(session = self.id, peer = %self.peer, asked, "the peer does not answer; session ended");
@@ -240,7 +264,7 @@ impl Session {
     }
 
     /// Serves the owner's terminal until it closes or asks to leave.
-    pub(super) async fn serve_console(self: Arc<Self>, channel: Channel<Msg>, pty: bool) {
+    pub(super) async fn serve_console(self: Arc<Self>, channel: Channel<Msg>, pty: bool, _place: Permit) {
         let (mut read, write) = channel.split();
         let line_end = if pty { "\r\n" } else { "\n" };
         self.console.attach();
