@@ -201,7 +201,7 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
     let mut n = 0;
     while n < WRITES {
         random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        let die_after = Duration::from_millis(u64::from(random >> 16) % 400 + 50);
+        let die_after = Duration::from_millis(u64::from(random >> 16) % 120 + 30);
         let addr = node.addr("control");
         let writer = tokio::spawn(async move {
             let mut done = Vec::new();
