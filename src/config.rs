@@ -447,4 +447,12 @@ mod tests {
         let set = Config::from_toml(text).unwrap().public();
         assert_eq!((set.host.as_str(), set.https_port), ("a.test", 443));
     }
+
+    #[test]
+    fn a_zero_that_nothing_could_work_with_is_a_mistake() {
+        for line in ["keepalive = \"0s\"", "stall_floor = \"0KiB\"", "stall_deadline = \"0s\"", "sessions = 0"] {
+            let mistakes = Config::from_toml(&format!("[ssh]\n{line}\n")).expect_err(line);
+            assert!(line.starts_with(mistakes[0].at.trim_start_matches("ssh.")), "{line}: {mistakes:?}");
+        }
+    }
 }

@@ -147,7 +147,7 @@ impl SshSettings {
         if !(32 << 10..=64 << 20).contains(&window) {
             f.mistake("window", format!("{window} bytes is out of range"), "write 32KiB to 64MiB".into());
         }
-        Self {
+        let settings = Self {
             listen: f.take("listen", d.listen),
             mode: f.take("mode", d.mode),
             host_key: f.optional("host_key"),
@@ -170,7 +170,28 @@ impl SshSettings {
             tunnel_buffer,
             stall_deadline: f.take("stall_deadline", d.stall_deadline),
             stall_floor,
+        };
+        // A zero would refuse everybody, ask without a pause, or never end a stall.
+        let s = &settings;
+        for (key, is_zero) in [
+            ("login_deadline", s.login_deadline.is_zero()),
+            ("open_deadline", s.open_deadline.is_zero()),
+            ("keepalive", s.keepalive.is_zero()),
+            ("keepalive_deadline", s.keepalive_deadline.is_zero()),
+            ("stall_deadline", s.stall_deadline.is_zero()),
+            ("stall_floor", s.stall_floor == 0),
+            ("auth_attempts", s.auth_attempts == 0),
+            ("sessions", s.sessions == 0),
+            ("sessions_per_address", s.sessions_per_address == 0),
+            ("unauthenticated_per_address", s.unauthenticated_per_address == 0),
+            ("forwards_per_session", s.forwards_per_session == 0),
+            ("connections_per_tunnel", s.connections_per_tunnel == 0),
+        ] {
+            if is_zero {
+                f.mistake(key, "is zero".into(), "write a value above zero".into());
+            }
         }
+        settings
     }
 }
 
