@@ -61,10 +61,21 @@ impl DialSettings {
     /// Reads `[dial]`.
     pub fn read(f: &mut Fields) -> Self {
         let d = Self::default();
-        Self {
+        let settings = Self {
             deadline: f.take("deadline", d.deadline),
             connections_per_socket: f.take("connections_per_socket", d.connections_per_socket),
+        };
+        if settings.deadline.is_zero() {
+            f.mistake("deadline", "0 would fail every visit".into(), "write a duration like \"15s\"".into());
         }
+        if settings.connections_per_socket == 0 {
+            f.mistake(
+                "connections_per_socket",
+                "0 would refuse everybody".into(),
+                "write a whole number from 1".into(),
+            );
+        }
+        settings
     }
 }
 

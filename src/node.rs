@@ -258,10 +258,14 @@ async fn drain(
     let sessions = tunnels.sessions();
     let each = settings.spread.checked_div(u32::try_from(sessions.len()).unwrap_or(u32::MAX)).unwrap_or_default();
     for session in sessions {
-        session.console.say("this node is shutting down; your client may connect again".to_owned());
-        session.disconnect("this node is shutting down").await;
+        // One that is stuck must not keep the next ones waiting.
+        owner_tasks.spawn(async move {
+            session.console.say("this node is shutting down; your client may connect again".to_owned());
+            session.disconnect("this node is shutting down").await;
+        });
         stages.wait(each, hurry).await;
     }
+    stages.wait(GOODBYE, hurry).await;
     for session in tunnels.sessions() {
         session.kill();
     }
@@ -439,6 +443,9 @@ fn bind(key: &'static str, addrs: &[SocketAddr], config: &Config) -> Result<Vec<
     }
     Ok(listeners)
 }
+
+/// Time for the last owners' clients to leave by themselves.
+const GOODBYE: Duration = Duration::from_millis(300);
 
 /// The folder for all that is kept between runs.
 struct StateDir(PathBuf);

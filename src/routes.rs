@@ -103,6 +103,11 @@ impl Routes {
         self.by_key.contains_key(fingerprint)
     }
 
+    /// How many tunnels' records name this key (by fingerprint).
+    pub fn tunnels_of_key(&self, fingerprint: &str) -> usize {
+        self.by_key.get(fingerprint).map_or(0, |ids| ids.len())
+    }
+
     /// Whether any tunnel's record trusts this CA (by fingerprint).
     pub fn knows_authority(&self, fingerprint: &str) -> bool {
         self.by_authority.contains_key(fingerprint)

@@ -52,14 +52,20 @@ impl IngressSettings {
     /// Reads `[ingress]`.
     pub fn read(f: &mut Fields) -> Self {
         let any = |port: u16| vec![SocketAddr::from(([0u16; 8], port))];
-        Self {
+        let settings = Self {
             http: f.take("http", any(80)),
             https: f.take("https", any(443)),
             raw: f.take("raw", vec![IpAddr::from([0u16; 8])]),
             ports: f.take("ports", PortRange { first: 20000, last: 20999 }),
             connections: f.take("connections", 200_000),
             connections_per_address: f.take("connections_per_address", 1_000),
+        };
+        let limits =
+            [("connections", settings.connections), ("connections_per_address", settings.connections_per_address)];
+        for (key, _) in limits.into_iter().filter(|(_, limit)| *limit == 0) {
+            f.mistake(key, "0 would refuse everybody".into(), "write a whole number from 1".into());
         }
+        settings
     }
 }
 

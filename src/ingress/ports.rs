@@ -1,7 +1,7 @@
 //! The sockets' own ports: opened and closed as sockets come and go, each by
 //! itself, without touching the others or the visitors who are inside.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -68,15 +68,20 @@ impl Ports {
             self.synced.send_replace(rev);
             let retry = !self.failed.lock().is_empty();
             tokio::select! {
-                () = closed.cancelled() => return,
+                () = closed.cancelled() => break,
                 more = changed.changed() => if more.is_err() { return },
                 () = tokio::time::sleep(RETRY), if retry => {}
             }
         }
+        // No port opens any more, and nobody has to wait for one.
+        while changed.changed().await.is_ok() {
+            let rev = *changed.borrow_and_update();
+            self.synced.send_replace(rev);
+        }
     }
 
     fn sync(&self, ingress: &Arc<Ingress>, tasks: &TaskTracker, closed: &CancellationToken) {
-        let wanted = ingress.parts.routes.ports();
+        let wanted: HashSet<u16> = ingress.parts.routes.ports().into_iter().collect();
         let mut open = self.open.lock();
         open.retain(|port, close| {
             let stays = wanted.contains(port);

@@ -32,7 +32,7 @@ use crate::feed::records::Records;
 use crate::fields::{Bytes, Fields};
 use crate::limits::{PerAddress, Permit};
 use crate::metrics::Present;
-use crate::model::{AuthorizedKey, Tunnel, TunnelId, Visitor};
+use crate::model::{AuthorizedKey, SocketType, Tunnel, TunnelId, Visitor};
 use crate::routes::Routes;
 use crate::stream::Stream;
 use crate::text_field;
@@ -86,6 +86,8 @@ pub struct SshSettings {
     pub unauthenticated_per_address: usize,
     /// Forwards of one session.
     pub forwards_per_session: usize,
+    /// Sockets that one key may have made on demand.
+    pub sockets_per_key: usize,
     /// Visitors of one session at once.
     pub connections_per_tunnel: usize,
     /// Time for the client's answer to an open.
@@ -123,6 +125,7 @@ impl Default for SshSettings {
             sessions_per_address: 200,
             unauthenticated_per_address: 20,
             forwards_per_session: 64,
+            sockets_per_key: 100,
             connections_per_tunnel: 4096,
             open_deadline: Duration::from_secs(10),
             open_patience: Duration::from_secs(2),
@@ -160,6 +163,7 @@ impl SshSettings {
             sessions_per_address: f.take("sessions_per_address", d.sessions_per_address),
             unauthenticated_per_address: f.take("unauthenticated_per_address", d.unauthenticated_per_address),
             forwards_per_session: f.take("forwards_per_session", d.forwards_per_session),
+            sockets_per_key: f.take("sockets_per_key", d.sockets_per_key),
             connections_per_tunnel: f.take("connections_per_tunnel", d.connections_per_tunnel),
             open_deadline: f.take("open_deadline", d.open_deadline),
             open_patience: f.take("open_patience", d.open_patience),
@@ -218,6 +222,8 @@ impl Attachment {
 pub(crate) struct Attached {
     tunnels: Arc<Tunnels>,
     attachment: Arc<Attachment>,
+    /// The type, where its name was made up.
+    made_up: Option<SocketType>,
     _present: Present,
 }
 
@@ -365,28 +371,29 @@ impl Tunnels {
             bind,
             entitled: Mutex::new(Arc::clone(tunnel)),
         });
-        let before = {
+        // In the order of logins: who asks again later does not become newer.
+        let (ahead, behind) = {
             let mut all = self.live.entry(tunnel.id.clone()).or_default();
-            let before = all.last().map(|a| Arc::clone(&a.session)).filter(|s| s.id != session.id);
-            all.push(Arc::clone(&attachment));
-            before
+            let place = all.partition_point(|a| a.session.login_order() <= session.login_order());
+            let other = |a: Option<&Arc<Attachment>>| a.map(|a| Arc::clone(&a.session)).filter(|s| s.id != session.id);
+            let (ahead, behind) = (other(all.last()).filter(|_| place < all.len()), other(all.last()));
+            all.insert(place, Arc::clone(&attachment));
+            (ahead, behind)
         };
-        if let Some(older) = before {
+        if let Some(newer) = ahead {
+            let peer = newer.peer.ip();
+            session.console.say(format!("{}: a newer login from {peer} serves; this session stands by", tunnel.id));
+        } else if let Some(older) = behind {
             tracing::info!(tunnel = %tunnel.id, newer = session.id, older = older.id, "latest login wins");
-            older.console.say(format!(
-                "{}: a newer login from {} serves now; this session stands by",
-                tunnel.id,
-                session.peer.ip()
-            ));
-            session.console.say(format!(
-                "{}: took over from an older login from {}, which stands by",
-                tunnel.id,
-                older.peer.ip()
-            ));
+            let (from, to) = (older.peer.ip(), session.peer.ip());
+            let id = &tunnel.id;
+            older.console.say(format!("{id}: a newer login from {to} serves now; this session stands by"));
+            session.console.say(format!("{id}: took over from an older login from {from}, which stands by"));
         }
         Attached {
             tunnels: Arc::clone(self),
             attachment,
+            made_up: None,
             _present: Present::new(metrics::gauge!("adit_tunnels_attached")),
         }
     }

@@ -102,7 +102,12 @@ impl Tunnels {
             (Some(own), _) => *own,
             (None, shared) => shared.unwrap_or(0),
         };
-        let attached = self.attach(session, &tunnel, bind(public_port));
+        let mut attached = self.attach(session, &tunnel, bind(public_port));
+        attached.made_up = match wanted {
+            Wanted::AnyName => Some(SocketType::Http),
+            Wanted::AnyPort => Some(SocketType::Tcp),
+            _ => None,
+        };
         let urls = self.urls.of(&route.socket).join(" ");
         let mut told = format!("{} is published: {urls}", route.socket.id);
         for trouble in route.socket.ports.iter().filter_map(|port| (self.port_trouble)(*port)) {
@@ -186,10 +191,12 @@ impl Tunnels {
         if self.settings.mode == Mode::Closed {
             return Err("this node makes no sockets on demand: name one, as in -R NAME:80:HOST:PORT".to_owned());
         }
+        // The first, second, ... of its kind in this session: each has its own name.
+        let nth = session.forwards.lock().iter().filter(|a| a.made_up == Some(kind)).count();
         let seed = match login.fingerprint() {
             Some(fingerprint) => {
                 let key = hmac::Key::new(hmac::HMAC_SHA256, &self.name_key);
-                let tag = hmac::sign(&key, format!("{kind} {fingerprint}").as_bytes());
+                let tag = hmac::sign(&key, format!("{kind} {fingerprint} {nth}").as_bytes());
                 tag.as_ref().first_chunk::<8>().copied()
             }
             None => {
@@ -213,6 +220,13 @@ impl Tunnels {
         kind: SocketType,
         port: Option<u16>,
     ) -> Result<Arc<Tunnel>, Refusal> {
+        let made = match login {
+            Login::Key(key) => self.routes.tunnels_of_key(&key.fingerprint),
+            _ => session.made.lock().len(),
+        };
+        if made >= self.settings.sockets_per_key {
+            return Err(format!("this key has {made} sockets already; use one of them, or ask the operator"));
+        }
         let domain =
             self.urls.domain.as_ref().ok_or("this node has no domain for names made on demand (node.domain)")?;
         let label = name.strip_suffix(domain.as_str()).and_then(|n| n.strip_suffix('.')).unwrap_or(name);

@@ -415,6 +415,7 @@ impl Handler for Owner {
             let _ = self.session.login.set(login);
         }
         self.session.meet(session.remote_sshid());
+        let _ = self.session.order.set(self.tunnels.next_id.fetch_add(1, Ordering::Relaxed));
         let _ = self.session.handle.set(session.handle());
         self.tunnels.sessions.insert(self.session.id, Arc::clone(&self.session));
         self.session.authenticated.notify_one();

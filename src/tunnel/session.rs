@@ -36,7 +36,7 @@ pub enum Bind {
 
 /// One live SSH connection.
 pub struct Session {
-    /// Its number on this node: later logins have higher ones.
+    /// Its number on this node.
     pub id: u64,
     /// Where the owner comes from.
     pub peer: SocketAddr,
@@ -49,6 +49,8 @@ pub struct Session {
     pub(super) user: OnceLock<String>,
     pub(super) login: OnceLock<Login>,
     pub(super) handle: OnceLock<Handle>,
+    /// Later logins have higher ones.
+    pub(super) order: OnceLock<u64>,
     pub(super) forwards: Mutex<Vec<Attached>>,
     /// What a login without a key made, and what keeps it until the end.
     pub(super) made: Mutex<Vec<TunnelId>>,
@@ -76,6 +78,7 @@ impl Session {
             user: OnceLock::new(),
             login: OnceLock::new(),
             handle: OnceLock::new(),
+            order: OnceLock::new(),
             forwards: Mutex::default(),
             made: Mutex::default(),
             lease: Mutex::new(None),
@@ -102,6 +105,11 @@ impl Session {
     /// The SSH user name; empty before login.
     pub fn user(&self) -> &str {
         self.user.get().map_or("", String::as_str)
+    }
+
+    /// Its place among all logins of this node.
+    pub fn login_order(&self) -> u64 {
+        self.order.get().copied().unwrap_or(0)
     }
 
     /// The tunnel's round-trip time, once measured.

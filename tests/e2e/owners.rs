@@ -232,17 +232,32 @@ async fn a_forward_can_be_cancelled_and_added_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_vanished_is_noticed_without_any_visitor() {
-    let opts = NodeOpts::default().set("ssh", "keepalive = \"1s\"").set("ssh", "keepalive_deadline = \"2s\"");
-    let node = Node::with(opts).await;
+async fn two_unnamed_ports_of_one_client_are_two_sockets() {
+    let node = Node::start().await;
+    let (one, two) = (Origin::raw().await, Origin::greeting().await);
+    let ssh = Ssh::start(&node, &[&format!("0:{}", one.target()), &format!("0:{}", two.target())]).await;
+    ssh.program.wait_for("Allocated port ", 2, DEADLINE).await;
+    let output = ssh.program.output();
+    let ports = output.split("Allocated port ").skip(1).map(|rest| rest.split(' ').next().unwrap().parse::<u16>());
+    let ports: Vec<u16> = ports.map(Result::unwrap).collect();
+    assert_ne!(ports[0], ports[1]);
+    let mut visitor = TcpStream::connect(SocketAddr::new(node.ip, ports[1])).await.unwrap();
+    let mut greeting = [0; 4];
+    within(DEADLINE, "a greeting", visitor.read_exact(&mut greeting)).await.unwrap();
+    assert_eq!(&greeting, b"220 ");
+    let mut visitor = TcpStream::connect(SocketAddr::new(node.ip, ports[0])).await.unwrap();
+    visitor.write_all(b"DOWN 5\n").await.unwrap();
+    assert_eq!(within(DEADLINE, "an end", Pattern::read(None, &mut visitor)).await, Ok(5));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_key_makes_no_more_sockets_than_it_may() {
+    let node = Node::with(NodeOpts::default().set("ssh", "sockets_per_key = 2")).await;
     let origin = Origin::http().await;
-    let ssh = Ssh::start(&node, &[&format!("web:80:{}", origin.target())]).await;
-    let status = async || node.api("GET", "/v1/status", None).await.1;
-    eventually("its round-trip time is measured", async || status().await["live"]["web"][0]["rtt_us"].as_u64()).await;
-    ssh.program.signal("STOP");
-    let start = Instant::now();
-    eventually("its session is gone", async || (status().await["sessions"] == 0).then_some(())).await;
-    // The interval and the deadline, and some for two busy cores.
-    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
-    ssh.program.signal("CONT");
+    let forward = |name: &str| format!("{name}:80:{}", origin.target());
+    let _ssh = Ssh::start(&node, &[&forward("a"), &forward("b")]).await;
+    let mut third = Ssh::launch(&node, SshOpts::new(&[&forward("c")]));
+    assert!(!third.program.ended(DEADLINE).await.success());
+    logged(&node, "has 2 sockets already").await;
+    let _again = Ssh::start(&node, &[&forward("a")]).await;
 }
