@@ -228,18 +228,19 @@ async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) -> Left {
         let (chunk, ours) = pipe.next_up();
         match (chunk, ours) {
             (_, Ours::Reset) => return Left::Broken,
-            (Some(chunk), Ours::Dropped) => {
-                // Nobody waits for this visitor any more; a stopped origin must
-                // not keep the channel.
-                match timeout(pipe.settings.stall_deadline, write.data_bytes(chunk)).await {
-                    Ok(Ok(())) => {}
-                    _ => return Left::Broken,
-                }
-            }
             (Some(chunk), _) => {
-                tokio::select! {
-                    sent = write.data_bytes(chunk) => if sent.is_err() { return Left::Broken },
-                    () = pipe.was_reset() => return Left::Broken,
+                let mut sending = std::pin::pin!(write.data_bytes(chunk));
+                let sent = tokio::select! {
+                    sent = &mut sending => sent.is_ok(),
+                    ours = pipe.was_left() => {
+                        // Nobody waits for this visitor any more; a stopped origin
+                        // must not keep the channel.
+                        let rest = timeout(pipe.settings.stall_deadline, sending);
+                        ours == Ours::Dropped && matches!(rest.await, Ok(Ok(())))
+                    }
+                };
+                if !sent {
+                    return Left::Broken;
                 }
             }
             (None, Ours::Open) => work.await,
@@ -358,12 +359,13 @@ impl Pipe {
         (chunk, state.ours)
     }
 
-    async fn was_reset(&self) {
+    /// Ends when the stream is gone, with how it went.
+    async fn was_left(&self) -> Ours {
         loop {
             let work = self.work.notified();
-            match self.state.lock().ours {
-                Ours::Reset | Ours::Dropped => return,
-                Ours::Open | Ours::Finished => {}
+            let ours = self.state.lock().ours;
+            if matches!(ours, Ours::Reset | Ours::Dropped) {
+                return ours;
             }
             work.await;
         }
