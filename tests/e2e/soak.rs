@@ -22,6 +22,8 @@ const LASTS: Duration = Duration::from_secs(180);
 struct Tally {
     visits: AtomicU64,
     bytes: AtomicU64,
+    /// Visitors who left in the middle of a download.
+    left: AtomicU64,
     /// Visits that a killed or stopped owner cost.
     excused: AtomicU64,
     /// When an owner was killed or stopped, and until when that may be felt.
@@ -144,6 +146,7 @@ impl World {
             let _ = answer.body_mut().frame().await;
             drop(answer);
             connection.abort();
+            self.tally.left.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -179,6 +182,7 @@ impl World {
                         // Leaves in the middle.
                         tcp.write_all(b"DOWN 2000000\n").await.unwrap();
                         tcp.read_exact(&mut [0; 1000]).await.unwrap();
+                        self.tally.left.fetch_add(1, Ordering::Relaxed);
                     }
                 }
             };
@@ -376,6 +380,12 @@ async fn nothing_is_wrong_and_nothing_leaks_under_everything_at_once() {
         after.descriptors,
         after.cpu,
     );
-    assert!(after.memory < before.memory + 32 * MIB, "memory grew");
+    // What is known to stay: of a download that is broken off, what the SSH library
+    // keeps of its channel until the session ends; and the store's bounded history,
+    // six revisions a round.
+    let left = tally.left.load(Ordering::Relaxed);
+    let stays = left * (3 << 10) + changes * 6 * (2 << 10);
+    eprintln!("{left} visitors left in the middle: {} MiB may stay", stays / MIB);
+    assert!(after.memory < before.memory + stays + 24 * MIB, "memory grew");
     assert!(!node.log().contains("panicked"), "{}", node.log());
 }

@@ -317,3 +317,21 @@ async fn an_allocated_port_is_told_to_the_client() {
     let port = ssh.allocated_port().await;
     Raw { addr: SocketAddr::new(node.ip, port), tls: None }.down(MIB).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_arrives_whole_at_an_origin_that_answered_early_and_reads_slowly() {
+    let node = Node::start().await;
+    let mut origin = Origin::raw().await;
+    let _ssh = Ssh::start(&node, &[&format!("tcp/raw:{}", origin.target())]).await;
+    let mut tcp = TcpStream::connect(SocketAddr::new(node.ip, node.port_of("raw").await)).await.unwrap();
+    // More than the windows on the way hold: its end waits in the node.
+    let n = 40_000_000;
+    tcp.write_all(b"SLOW\n").await.unwrap();
+    within(DEADLINE, "the upload", Pattern::write(n, &mut tcp)).await.unwrap();
+    tcp.shutdown().await.unwrap();
+    let mut answer = String::new();
+    tcp.read_to_string(&mut answer).await.unwrap();
+    assert_eq!(answer, "bye\n");
+    let report = within(DEADLINE, "the origin's report", origin.reports.recv()).await;
+    assert_eq!(report, Some(format!("exact {n}\n")));
+}

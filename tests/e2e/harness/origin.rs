@@ -150,8 +150,9 @@ async fn serve(kind: Kind, tcp: TcpStream, tls: Option<TlsAcceptor>, report: mps
 
 /// Does what the first line says:
 /// `DOWN n` sends n bytes and ends; `UP n` takes n bytes, says `exact n` and
-/// ends; `EOF` takes all there is, and answers only then; `CLOSE ms` ends its own
-/// side first and reports what still arrives, read only after so long; `ECHO` sends back; `HOLD` takes
+/// ends; `EOF` takes all there is, and answers only then; `CLOSE ms` ends its
+/// own side first and reports what still arrives, read only after so long,
+/// `SLOW` likewise but at 16 MB/s; `ECHO` sends back; `HOLD` takes
 /// nothing more and keeps the connection.
 async fn raw(io: Io, report: &mpsc::UnboundedSender<String>) -> std::io::Result<()> {
     let mut io = BufReader::new(io);
@@ -165,12 +166,16 @@ async fn raw(io: Io, report: &mpsc::UnboundedSender<String>) -> std::io::Result<
             let read = Pattern::read((command == "UP").then_some(n), &mut io).await;
             say(&mut io, verdict(read)).await?;
         }
-        "CLOSE" => {
+        "CLOSE" | "SLOW" => {
             say(&mut io, "bye\n".into()).await?;
             io.shutdown().await?;
             // Milliseconds in which the visitor's bytes back up.
             tokio::time::sleep(Duration::from_millis(n)).await;
-            let _ = report.send(verdict(Pattern::read(None, &mut io).await));
+            let read = match command {
+                "SLOW" => read_slowly(&mut io).await,
+                _ => Pattern::read(None, &mut io).await,
+            };
+            let _ = report.send(verdict(read));
         }
         "ECHO" => {
             let (mut from, mut to) = tokio::io::split(io);
@@ -183,6 +188,18 @@ async fn raw(io: Io, report: &mpsc::UnboundedSender<String>) -> std::io::Result<
     io.shutdown().await?;
     // Until the other side ends too: a close with unread bytes would be a reset.
     tokio::io::copy(&mut io, &mut tokio::io::sink()).await.map(|_| ())
+}
+
+async fn read_slowly(io: &mut (impl AsyncRead + Unpin)) -> Result<u64, String> {
+    let mut pattern = Pattern::default();
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        tokio::time::sleep(Duration::from_millis(4)).await;
+        match io.read(&mut buffer).await.map_err(|e| e.to_string())? {
+            0 => return Ok(pattern.len()),
+            n => pattern.check(&buffer[..n])?,
+        }
+    }
 }
 
 fn verdict(read: Result<u64, String>) -> String {
