@@ -226,7 +226,8 @@ impl Session {
             };
             pause = interval;
             let start = Instant::now();
-            let mut patience = if asked { deadline / 3 } else { deadline };
+            let step = if asked { deadline / 3 } else { deadline };
+            let mut patience = step;
             let (mut heard, mut said, mut last_heard) = (self.shared.heard(), self.shared.said(), start);
             // Answered with REQUEST_FAILURE: nobody has such a forward.
             let probe = handle.cancel_forward_tcpip("rtt@adit".to_owned(), 0);
@@ -242,23 +243,22 @@ impl Session {
                     // The question is asked already; the answer is more urgent now.
                     () = self.suspect.notified() => patience = patience.min(start.elapsed() + deadline / 3),
                     () = sleep(patience.saturating_sub(start.elapsed())) => {
-                        let more = deadline / 3;
                         if self.shared.is_held() {
-                            patience = start.elapsed() + more;
+                            patience = start.elapsed() + step;
                             continue;
                         }
                         // The answer may wait behind megabytes on a slow link: a
                         // peer that says anything at all is there.
                         if self.shared.heard() != heard {
                             (heard, last_heard) = (self.shared.heard(), Instant::now());
-                            patience = start.elapsed() + more;
+                            patience = start.elapsed() + step;
                             continue;
                         }
                         // The library hears nothing while it writes. That says less:
                         // the kernel takes bytes for a dead peer too, for a while.
                         if self.shared.said() - said >= SAID && last_heard.elapsed() < deadline * 2 {
                             said = self.shared.said();
-                            patience = start.elapsed() + more;
+                            patience = start.elapsed() + step;
                             continue;
                         }
                         tracing::info!(session = self.id, peer = %self.peer, asked, "the peer does not answer; session ended");
