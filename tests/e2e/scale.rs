@@ -26,7 +26,8 @@ impl Caller {
 
     async fn call(&mut self, line: &str, host: &str, body: &str) -> u16 {
         let length = body.len();
-        let head = format!("{line} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}");
+        let kind = "content-type: application/json";
+        let head = format!("{line} HTTP/1.1\r\nhost: {host}\r\n{kind}\r\ncontent-length: {length}\r\n\r\n{body}");
         self.tcp.write_all(head.as_bytes()).await.unwrap();
         let (status, head) = within(DEADLINE, line, read_answer(&mut self.tcp)).await;
         let length = head
