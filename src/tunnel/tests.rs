@@ -133,9 +133,11 @@ async fn a_way_that_opened_for_a_caller_who_left_is_closed() {
     let mut open = Box::pin(door.tunnels.open(&attachment, &visitor, Vec::new()));
     // Asked for, and then answered while nobody looks, as where another tunnel
     // was faster.
-    assert!(open.as_mut().now_or_never().is_none());
+    let early = open.as_mut().now_or_never();
     let mut channel = timeout(SOON, client.channels.recv()).await.unwrap().unwrap();
     sleep(Duration::from_millis(300)).await;
+    // On a busy machine the answer may even have come within that one look.
+    drop(early);
     drop(open);
     let closed = async {
         while let Some(message) = channel.wait().await {
@@ -145,7 +147,12 @@ async fn a_way_that_opened_for_a_caller_who_left_is_closed() {
         }
     };
     timeout(SOON, closed).await.expect("the channel stays open");
-    assert_eq!(attachment.session.channels(), 0);
+    let released = async {
+        while attachment.session.channels() > 0 {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(SOON, released).await.expect("its place is not given back");
 }
 
 #[tokio::test(flavor = "multi_thread")]
