@@ -130,10 +130,12 @@ async fn memory_with(crowd: impl AsyncFn(SocketAddr) -> TcpStream) -> (u64, Dura
 
 #[tokio::test(flavor = "multi_thread")]
 async fn forty_visitors_that_stop_reading_cost_bounded_memory() {
-    let (grown, longest) = memory_with(async |addr| say(addr, "DOWN 100000000").await.unwrap()).await;
+    // How long others wait is no promise here: those who stop one after another
+    // may each hold the session up for a deadline. What holds for those who stop
+    // together is tested with paused time, beside the pump.
+    let (grown, _) = memory_with(async |addr| say(addr, "DOWN 100000000").await.unwrap()).await;
     let bound = TUNNEL_BUFFER + 40 * PER_VISITOR + SLACK;
     assert!(grown < bound, "{} MiB more, not {}", grown / MIB, bound / MIB);
-    assert!(longest < Duration::from_secs(4 + 2), "another waited {longest:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
