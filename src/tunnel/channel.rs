@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -39,6 +39,9 @@ pub(super) struct ChannelSettings {
     /// Bytes a visitor must take in each `stall_deadline` while it holds up its
     /// session, not to count as one who does not read.
     pub(super) stall_floor: usize,
+    /// Channels of one session that we may close before the client does; the
+    /// library keeps 2.8 KiB of each.
+    pub(super) broken_off_per_session: usize,
 }
 
 /// Bytes towards the origin that may wait in one channel; more makes the
@@ -68,6 +71,8 @@ pub(super) struct Shared {
     queued: AtomicUsize,
     /// Channels whose visitor holds the session up now.
     held: AtomicUsize,
+    /// Channels that we had to close before the client.
+    broken_off: AtomicUsize,
     /// When it began that visitors hold the session up, one after another, and
     /// when the last of them ended.
     streak: Mutex<Option<(Instant, Instant)>>,
@@ -186,6 +191,8 @@ struct Pipe {
     settings: Arc<ChannelSettings>,
     /// Hold the visitor's FIN back until the answer has ended.
     hold_eof: bool,
+    /// Whether our CHANNEL_EOF has been sent.
+    eof_said: AtomicBool,
     /// Held until stream and pump are both gone.
     _permits: Vec<Permit>,
 }
@@ -212,12 +219,12 @@ impl SshStream {
 }
 
 /// Moves the channel's bytes until both sides are done, then closes it.
-async fn pump(pipe: Arc<Pipe>, read: ChannelReadHalf, write: ChannelWriteHalf<Msg>) {
+async fn pump(pipe: Arc<Pipe>, mut read: ChannelReadHalf, write: ChannelWriteHalf<Msg>) {
     let _gone = PumpGone(&pipe);
     let end = {
         // Whatever ends the downward side ends the upward one too: the library
         // never wakes a writer that waits for window on a closed channel.
-        let mut down = std::pin::pin!(down(&pipe, read));
+        let mut down = std::pin::pin!(down(&pipe, &mut read));
         tokio::select! {
             end = &mut down => end,
             left = up(&pipe, &write) => match left {
@@ -225,10 +232,10 @@ async fn pump(pipe: Arc<Pipe>, read: ChannelReadHalf, write: ChannelWriteHalf<Ms
                 // The stream is gone; nobody reads any more. The library keeps
                 // what it has of a channel (3 KiB) until the session's end unless
                 // the client closes it first, so it is asked to by our EOF.
-                Left::Delivered { eof_sent } => tokio::select! {
+                Left::Delivered => tokio::select! {
                     end = &mut down => end,
                     () = pipe.unwanted.notified() => None,
-                    () = ask_to_close(&write, eof_sent) => None,
+                    () = ask_to_close(&pipe, &write) => None,
                 },
             },
         }
@@ -236,14 +243,28 @@ async fn pump(pipe: Arc<Pipe>, read: ChannelReadHalf, write: ChannelWriteHalf<Ms
     if let Some(end) = end {
         pipe.finish(end);
     }
-    if end != Some(End::SessionLost) {
+    if matches!(end, Some(End::Clean | End::SessionLost)) {
+        // The client has closed, or is gone: ours costs nothing.
+        let _ = timeout(CLOSE_PATIENCE, write.close()).await;
+        return;
+    }
+    let broken_off = pipe.shared.broken_off.fetch_add(1, Ordering::Relaxed);
+    if broken_off < pipe.settings.broken_off_per_session {
+        // Nobody reads: released at once, where the session is held up.
+        drop(read);
         // Bounded: where the session is held up, its visitor's deadline ends that.
         let _ = timeout(pipe.settings.stall_deadline * 2, write.close()).await;
+        return;
     }
+    // A close of ours would cost memory until the session's end, and there have
+    // been many: what still comes is let pass until the client closes. The visit
+    // keeps its place meanwhile, so that these are bounded too.
+    let _ = timeout(CLOSE_PATIENCE, say_eof(&pipe, &write)).await;
+    while !matches!(read.wait().await, Some(ChannelMsg::Close) | None) {}
 }
 
 /// Origin to visitor. Ends when the channel has; `None` if the stream is gone.
-async fn down(pipe: &Pipe, mut read: ChannelReadHalf) -> Option<End> {
+async fn down(pipe: &Pipe, read: &mut ChannelReadHalf) -> Option<End> {
     loop {
         match read.wait().await {
             Some(ChannelMsg::Data { data }) => {
@@ -261,27 +282,31 @@ async fn down(pipe: &Pipe, mut read: ChannelReadHalf) -> Option<End> {
 }
 
 /// Ends when the client has had its time to close.
-async fn ask_to_close(write: &ChannelWriteHalf<Msg>, eof_sent: bool) {
+async fn ask_to_close(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
     let asked = async {
-        if !eof_sent {
-            let _ = write.eof().await;
-        }
+        say_eof(pipe, write).await;
         std::future::pending::<()>().await;
     };
     let _ = timeout(CLOSE_PATIENCE, asked).await;
 }
 
+/// Says the end of our bytes, once.
+async fn say_eof(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) {
+    if !pipe.eof_said.swap(true, Ordering::AcqRel) {
+        let _ = write.eof().await;
+    }
+}
+
 /// How the upward direction ended.
 enum Left {
-    /// All bytes are on their way, and whether the EOF behind them is.
-    Delivered { eof_sent: bool },
+    /// All bytes are on their way.
+    Delivered,
     /// They are not wanted, or cannot be delivered.
     Broken,
 }
 
 /// Visitor to origin. Ends when the stream is gone and its bytes are delivered.
 async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) -> Left {
-    let mut finished = false;
     loop {
         let work = pipe.work.notified();
         let (chunk, ours) = pipe.next_up();
@@ -302,13 +327,12 @@ async fn up(pipe: &Pipe, write: &ChannelWriteHalf<Msg>) -> Left {
             }
             (None, Ours::Open) => work.await,
             (None, Ours::Finished) => {
-                if !finished && !pipe.hold_eof {
-                    let _ = write.eof().await;
+                if !pipe.hold_eof {
+                    say_eof(pipe, write).await;
                 }
-                finished = true;
                 work.await;
             }
-            (None, Ours::Dropped) => return Left::Delivered { eof_sent: finished && !pipe.hold_eof },
+            (None, Ours::Dropped) => return Left::Delivered,
         }
     }
 }
@@ -335,6 +359,7 @@ impl Pipe {
             shared,
             settings,
             hold_eof,
+            eof_said: AtomicBool::new(false),
             _permits: permits,
         }
     }
@@ -591,8 +616,13 @@ mod tests {
     const DEADLINE: Duration = Duration::from_secs(10);
 
     fn pipe(shared: &Arc<Shared>) -> Arc<Pipe> {
-        let settings =
-            ChannelSettings { channel_buffer: 100, tunnel_buffer: 1 << 20, stall_deadline: DEADLINE, stall_floor: 50 };
+        let settings = ChannelSettings {
+            channel_buffer: 100,
+            tunnel_buffer: 1 << 20,
+            stall_deadline: DEADLINE,
+            stall_floor: 50,
+            broken_off_per_session: 1,
+        };
         Arc::new(Pipe::new(Arc::clone(shared), Arc::new(settings), false, Vec::new()))
     }
 
@@ -642,6 +672,7 @@ mod tests {
             tunnel_buffer: 1 << 30,
             stall_deadline: Duration::from_secs(10),
             stall_floor: 1,
+            broken_off_per_session: 1,
         };
         SshStream { pipe: Arc::new(Pipe::new(Arc::default(), Arc::new(settings), false, Vec::new())) }
     }

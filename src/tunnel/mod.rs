@@ -108,6 +108,8 @@ pub struct SshSettings {
     pub stall_deadline: Duration,
     /// Bytes a visitor must take in each `stall_deadline` while it holds up its tunnel.
     pub stall_floor: usize,
+    /// Broken-off visits of one session that are closed at once.
+    pub broken_off_per_session: usize,
 }
 
 impl Default for SshSettings {
@@ -136,6 +138,7 @@ impl Default for SshSettings {
             tunnel_buffer: 64 << 20,
             stall_deadline: Duration::from_secs(10),
             stall_floor: 64 << 10,
+            broken_off_per_session: 20_000,
         }
     }
 }
@@ -174,6 +177,7 @@ impl SshSettings {
             tunnel_buffer,
             stall_deadline: f.take("stall_deadline", d.stall_deadline),
             stall_floor,
+            broken_off_per_session: f.take("broken_off_per_session", d.broken_off_per_session),
         };
         // A zero would refuse everybody, ask without a pause, or never end a stall.
         let s = &settings;
@@ -277,6 +281,7 @@ impl Tunnels {
             tunnel_buffer: settings.tunnel_buffer,
             stall_deadline: settings.stall_deadline,
             stall_floor: settings.stall_floor,
+            broken_off_per_session: settings.broken_off_per_session,
         };
         Arc::new(Self {
             per_address: PerAddress::new(settings.sessions_per_address, parts.exempt_loopback),

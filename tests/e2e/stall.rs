@@ -113,3 +113,24 @@ async fn what_a_visitor_sent_before_leaving_arrives_though_the_origin_reads_late
         sent.swap_remove(at);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_broken_off_visits_end_and_others_are_served() {
+    let node = Node::with(NodeOpts::default().set("ssh", "broken_off_per_session = 3")).await;
+    let origin = Origin::raw().await;
+    let mut ssh = Ssh::start(&node, &[&format!("tcp/raw:{}", origin.target())]).await;
+    let addr = SocketAddr::new(node.ip, node.port_of("raw").await);
+    for _ in 0..8 {
+        let mut visitor = ask(addr, "DOWN 20000000").await;
+        visitor.read_exact(&mut [0; 1000]).await.unwrap();
+        socket2::SockRef::from(&visitor).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(visitor);
+        another(addr).await;
+    }
+    eventually("all have given their places back", async || {
+        let (_, status) = node.api("GET", "/v1/status", None).await;
+        (status["live"]["raw"][0]["connections"] == 0).then_some(())
+    })
+    .await;
+    assert!(ssh.program.runs());
+}
