@@ -259,8 +259,9 @@ async fn pump(pipe: Arc<Pipe>, mut read: ChannelReadHalf, write: ChannelWriteHal
     // A close of ours would cost memory until the session's end, and there have
     // been many: what still comes is let pass until the client closes. The visit
     // keeps its place meanwhile, so that these are bounded too.
-    let _ = timeout(CLOSE_PATIENCE, say_eof(&pipe, &write)).await;
-    while !matches!(read.wait().await, Some(ChannelMsg::Close) | None) {}
+    // Both at once: a session that is held up takes our EOF only when it is released.
+    let rest = async { while !matches!(read.wait().await, Some(ChannelMsg::Close) | None) {} };
+    let _ = tokio::join!(timeout(CLOSE_PATIENCE, say_eof(&pipe, &write)), rest);
 }
 
 /// Origin to visitor. Ends when the channel has; `None` if the stream is gone.
