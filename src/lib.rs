@@ -49,6 +49,7 @@ pub mod http; // requests
 pub mod ingress; // a visitor comes in: begin here
 pub mod relay; // bytes both ways
 pub mod routes; // which socket, which tunnels
+pub mod ssh; // the SSH engine
 pub mod tunnel; // the door to SSH
 
 pub mod control; // the operator's API
@@ -70,7 +71,8 @@ mod tests {
         ("routes", &[]),
         ("feed", &["routes"]), // the follower writes the table
         ("relay", &[]),
-        ("tunnel", &["routes", "feed"]),
+        ("ssh", &[]),
+        ("tunnel", &["ssh", "routes", "feed"]),
         ("dial", &["routes", "tunnel"]),
         ("http", &["routes", "dial", "relay"]),
         ("ingress", &["routes", "dial", "http", "relay", "tunnel"]),

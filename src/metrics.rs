@@ -20,6 +20,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
     ("adit_ssh_refused_total", Unit::Count, "SSH connections refused at the door, by limit"),
     ("adit_ssh_rejected_total", Unit::Count, "SSH logins rejected"),
     ("adit_ssh_login_timeouts_total", Unit::Count, "SSH connections that did not log in in time"),
+    ("adit_ssh_faults_total", Unit::Count, "SSH sessions ended for a fault of the peer, by fault"),
     ("adit_sessions_dead_total", Unit::Count, "SSH sessions ended because the peer did not answer"),
     ("adit_store_write_failures_total", Unit::Count, "Transactions that the disk did not take"),
     ("adit_feed_records_refused_total", Unit::Count, "Records of the feed that were refused, by kind"),

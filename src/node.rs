@@ -147,7 +147,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         exempt_loopback: config.node.exempt_loopback,
     };
     let tunnels = Tunnels::new(config.ssh.clone(), parts);
-    let owners = Arc::new(tunnel::Server::new(Arc::clone(&tunnels), &host_key));
+    let owners = Arc::new(tunnel::Server::new(Arc::clone(&tunnels), &host_key).map_err(Failure::Start)?);
 
     // Visitors and their path.
     let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));

@@ -5,6 +5,7 @@ mod channel;
 mod console;
 pub mod keys;
 pub mod naming;
+mod owner;
 mod register;
 mod server;
 mod session;
@@ -59,11 +60,34 @@ impl std::str::FromStr for Mode {
 }
 text_field!(Mode, "\"open\" or \"closed\"");
 
+/// What speaks SSH.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineKind {
+    /// The library.
+    Russh,
+    /// Our own.
+    Adit,
+}
+
+impl std::str::FromStr for EngineKind {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "russh" => Ok(Self::Russh),
+            "adit" => Ok(Self::Adit),
+            _ => Err("is not an engine"),
+        }
+    }
+}
+text_field!(EngineKind, "\"russh\" or \"adit\"");
+
 /// The knobs of `[ssh]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SshSettings {
     /// Where owners log in.
     pub listen: Vec<SocketAddr>,
+    /// What speaks SSH.
+    pub engine: EngineKind,
     /// Who may register what.
     pub mode: Mode,
     /// The host key file; made if absent. Default: `ssh_host_ed25519_key` in the state folder.
@@ -100,6 +124,16 @@ pub struct SshSettings {
     pub keepalive_deadline: Duration,
     /// SSH window of each channel.
     pub window: usize,
+    /// What a channel's window may grow to.
+    pub window_max: usize,
+    /// Bytes that all channels of all sessions may have outstanding.
+    pub node_buffer: usize,
+    /// New keys after so many bytes.
+    pub rekey_bytes: usize,
+    /// New keys after this long.
+    pub rekey_after: Duration,
+    /// Offer key exchange over NIST's P-256.
+    pub nist_curves: bool,
     /// Bytes that may wait for one visitor.
     pub channel_buffer: usize,
     /// Bytes that may wait for all visitors of one session.
@@ -116,6 +150,7 @@ impl Default for SshSettings {
     fn default() -> Self {
         Self {
             listen: vec![SocketAddr::from(([0u16; 8], 2222))],
+            engine: EngineKind::Russh,
             mode: Mode::Closed,
             host_key: None,
             cert_authorities: Vec::new(),
@@ -133,7 +168,12 @@ impl Default for SshSettings {
             open_patience: Duration::from_secs(2),
             keepalive: Duration::from_secs(10),
             keepalive_deadline: Duration::from_secs(15),
-            window: 4 << 20,
+            window: 2 << 20,
+            window_max: 8 << 20,
+            node_buffer: 1 << 30,
+            rekey_bytes: 1 << 30,
+            rekey_after: Duration::from_secs(3600),
+            nist_curves: false,
             channel_buffer: 2 << 20,
             tunnel_buffer: 64 << 20,
             stall_deadline: Duration::from_secs(10),
@@ -150,11 +190,19 @@ impl SshSettings {
         let mut size = |key: &str, default: usize| f.take(key, Bytes(default)).0;
         let (window, channel_buffer) = (size("window", d.window), size("channel_buffer", d.channel_buffer));
         let (tunnel_buffer, stall_floor) = (size("tunnel_buffer", d.tunnel_buffer), size("stall_floor", d.stall_floor));
-        if !(32 << 10..=64 << 20).contains(&window) {
-            f.mistake("window", format!("{window} bytes is out of range"), "write 32KiB to 64MiB".into());
+        let (window_max, node_buffer) = (size("window_max", d.window_max), size("node_buffer", d.node_buffer));
+        let rekey_bytes = size("rekey_bytes", d.rekey_bytes);
+        for (key, bytes) in [("window", window), ("window_max", window_max)] {
+            if !(32 << 10..=64 << 20).contains(&bytes) {
+                f.mistake(key, format!("{bytes} bytes is out of range"), "write 32KiB to 64MiB".into());
+            }
+        }
+        if rekey_bytes < 1 << 20 {
+            f.mistake("rekey_bytes", format!("{rekey_bytes} bytes is out of range"), "write 1MiB or more".into());
         }
         let settings = Self {
             listen: f.take("listen", d.listen),
+            engine: f.take("engine", d.engine),
             mode: f.take("mode", d.mode),
             host_key: f.optional("host_key"),
             cert_authorities: f.take("cert_authorities", d.cert_authorities),
@@ -173,6 +221,11 @@ impl SshSettings {
             keepalive: f.take("keepalive", d.keepalive),
             keepalive_deadline: f.take("keepalive_deadline", d.keepalive_deadline),
             window,
+            window_max,
+            node_buffer,
+            rekey_bytes,
+            rekey_after: f.take("rekey_after", d.rekey_after),
+            nist_curves: f.take("nist_curves", d.nist_curves),
             channel_buffer,
             tunnel_buffer,
             stall_deadline: f.take("stall_deadline", d.stall_deadline),
@@ -184,6 +237,7 @@ impl SshSettings {
         for (key, is_zero) in [
             ("login_deadline", s.login_deadline.is_zero()),
             ("open_deadline", s.open_deadline.is_zero()),
+            ("rekey_after", s.rekey_after.is_zero()),
             ("keepalive", s.keepalive.is_zero()),
             ("keepalive_deadline", s.keepalive_deadline.is_zero()),
             ("stall_deadline", s.stall_deadline.is_zero()),
@@ -347,8 +401,7 @@ impl Tunnels {
         visitor: &Visitor,
         permits: Vec<Permit>,
     ) -> Result<Stream, Error> {
-        let stream = attachment.session.open(self, &attachment.bind, visitor, permits).await?;
-        Ok(Stream::other(stream))
+        attachment.session.open(self, &attachment.bind, visitor, permits).await
     }
 
     /// An open through this session is slow.

@@ -71,6 +71,39 @@ pub(super) struct Granted {
 }
 
 impl Tunnels {
+    /// Grants a forward and keeps it with its session: its public port.
+    ///
+    /// # Errors
+    /// The sentence that tells the owner why not.
+    pub(super) async fn grant(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        wanted: Result<Wanted, Refusal>,
+        bind: impl FnOnce(u16) -> Bind,
+    ) -> Result<u16, Refusal> {
+        if session.forwards.lock().len() >= self.settings.forwards_per_session {
+            return Err("too many forwards in one session".to_owned());
+        }
+        let granted = self.register(session, wanted?, bind).await?;
+        // Asked for twice, it is one forward.
+        let same = |a: &Attached| {
+            a.attachment.tunnel == granted.attached.attachment.tunnel
+                && a.attachment.bind == granted.attached.attachment.bind
+        };
+        let mut forwards = session.forwards.lock();
+        let (replaced, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut *forwards).into_iter().partition(same);
+        *forwards = kept;
+        let tunnel = &granted.attached.attachment.tunnel;
+        tracing::info!(session = session.id, peer = %session.peer, %tunnel, "registered");
+        forwards.push(granted.attached);
+        // One that ended meanwhile holds nothing: nobody would give it back.
+        let late = if session.ended.is_cancelled() { std::mem::take(&mut *forwards) } else { Vec::new() };
+        drop(forwards);
+        drop((replaced, late));
+        session.console.say(granted.told);
+        Ok(granted.public_port)
+    }
+
     /// Grants or refuses one forward of a logged-in session.
     ///
     /// # Errors

@@ -19,9 +19,11 @@ use tokio::time::timeout;
 
 use super::channel::Wire;
 use super::keys::{self, Login};
-use super::{Bind, Mode, Session, SshSettings, Tunnels, naming};
+use super::session::Engine;
+use super::{Bind, EngineKind, Mode, Session, SshSettings, Tunnels, naming};
 use crate::limits::Permit;
 use crate::metrics::Present;
+use crate::ssh;
 use crate::stream::Stream;
 
 /// How long the client's banner is waited for before ours is sent: most clients
@@ -40,12 +42,17 @@ pub struct Server {
     /// For OpenSSH, whose own order prefers ciphers that cost twice as much.
     gcm_only: Arc<Config>,
     all_ciphers: Arc<Config>,
+    own: Arc<ssh::Config>,
 }
 
 impl Server {
     /// A server that proves itself with `host_key`.
-    pub fn new(tunnels: Arc<Tunnels>, host_key: &PrivateKey) -> Self {
+    ///
+    /// # Errors
+    /// Where the key is of a type that is not served.
+    pub fn new(tunnels: Arc<Tunnels>, host_key: &PrivateKey) -> Result<Self, String> {
         let settings = tunnels.settings();
+        let own = Arc::new(own_config(settings, host_key)?);
         let gcm: &'static [cipher::Name] = &[cipher::AES_128_GCM, cipher::AES_256_GCM];
         let all: &'static [cipher::Name] = &[
             cipher::AES_128_GCM,
@@ -56,13 +63,16 @@ impl Server {
         ];
         let gcm_only = Arc::new(config(settings, host_key, gcm));
         let all_ciphers = Arc::new(config(settings, host_key, all));
-        Self { tunnels, gcm_only, all_ciphers }
+        Ok(Self { tunnels, gcm_only, all_ciphers, own })
     }
 
     /// Serves one connection until it ends. `head` is what was read already.
     pub async fn serve(self: Arc<Self>, tcp: TcpStream, head: bytes::Bytes, peer: SocketAddr) {
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let tunnels = &self.tunnels;
+        if tunnels.settings.engine == EngineKind::Adit {
+            return super::owner::serve(tunnels, &self.own, tcp, head, peer).await;
+        }
         let Some(_node) = Permit::take(&tunnels.session_count, tunnels.settings.sessions) else {
             return refuse(peer, "sessions");
         };
@@ -127,15 +137,15 @@ impl Server {
     }
 }
 
-fn refuse(peer: SocketAddr, limit: &'static str) {
+pub(super) fn refuse(peer: SocketAddr, limit: &'static str) {
     metrics::counter!("adit_ssh_refused_total", "limit" => limit).increment(1);
     tracing::debug!(%peer, limit, "SSH connection refused");
 }
 
 /// Gives back what a session held, however it ended.
-struct Gone {
-    tunnels: Arc<Tunnels>,
-    session: Arc<Session>,
+pub(super) struct Gone {
+    pub(super) tunnels: Arc<Tunnels>,
+    pub(super) session: Arc<Session>,
 }
 
 impl Drop for Gone {
@@ -160,6 +170,27 @@ async fn peek_banner(stream: &mut Stream) -> BytesMut {
     };
     let _ = timeout(BANNER_PATIENCE, reading).await;
     banner
+}
+
+fn own_config(settings: &SshSettings, host_key: &PrivateKey) -> Result<ssh::Config, String> {
+    Ok(ssh::Config {
+        version: concat!("SSH-2.0-adit_", env!("CARGO_PKG_VERSION")),
+        host_keys: vec![ssh::HostKey::new(host_key)?],
+        nist: settings.nist_curves,
+        sha1_rsa: settings.allow_sha1_rsa,
+        login_deadline: settings.login_deadline,
+        auth_attempts: settings.auth_attempts,
+        reject_delay: settings.reject_delay,
+        keepalive: settings.keepalive,
+        keepalive_deadline: settings.keepalive_deadline,
+        rekey_bytes: settings.rekey_bytes as u64,
+        rekey_after: settings.rekey_after,
+        window: settings.window,
+        window_max: settings.window_max.max(settings.window),
+        session_buffer: settings.tunnel_buffer,
+        node_buffer: settings.node_buffer,
+        outstanding: Arc::default(),
+    })
 }
 
 fn config(settings: &SshSettings, host_key: &PrivateKey, ciphers: &'static [cipher::Name]) -> Config {
@@ -249,7 +280,7 @@ struct Owner {
 
 /// Session channels of one connection that wait for a shell, and that show the
 /// console.
-const TERMINALS: usize = 4;
+pub(super) const TERMINALS: usize = 4;
 
 impl Owner {
     fn reject() -> Auth {
@@ -257,8 +288,7 @@ impl Owner {
     }
 
     fn log_refusal(&self, user: &str, why: &str) {
-        metrics::counter!("adit_ssh_rejected_total").increment(1);
-        tracing::info!(peer = %self.session.peer, user = user.escape_debug().to_string(), why, "login rejected");
+        self.session.log_refusal(user, why);
     }
 
     fn accept(&mut self, user: &str, login: Login) -> Auth {
@@ -270,56 +300,6 @@ impl Owner {
     /// Whether a client without any key is let in: open mode, from this machine.
     fn lets_anybody_in(&self) -> bool {
         self.tunnels.settings.mode == Mode::Open && self.session.peer.ip().is_loopback()
-    }
-
-    async fn grant(
-        &mut self,
-        wanted: Result<naming::Wanted, String>,
-        bind: impl FnOnce(u16) -> Bind,
-    ) -> Result<u16, String> {
-        let session = &self.session;
-        if session.forwards.lock().len() >= self.tunnels.settings.forwards_per_session {
-            return Err("too many forwards in one session".to_owned());
-        }
-        let granted = self.tunnels.register(session, wanted?, bind).await?;
-        // Asked for twice, it is one forward.
-        let same = |a: &super::Attached| {
-            a.attachment.tunnel == granted.attached.attachment.tunnel
-                && a.attachment.bind == granted.attached.attachment.bind
-        };
-        let mut forwards = session.forwards.lock();
-        let replaced: Vec<_> = {
-            let all = std::mem::take(&mut *forwards);
-            let (replaced, kept) = all.into_iter().partition(same);
-            *forwards = kept;
-            replaced
-        };
-        tracing::info!(
-            session = session.id,
-            peer = %session.peer,
-            tunnel = %granted.attached.attachment.tunnel,
-            "registered"
-        );
-        forwards.push(granted.attached);
-        drop(forwards);
-        drop(replaced);
-        session.console.say(granted.told);
-        Ok(granted.public_port)
-    }
-
-    fn refuse_forward(&self, what: &str, why: &str) {
-        let what = what.escape_debug();
-        tracing::info!(session = self.session.id, peer = %self.session.peer, %what, why, "forward refused");
-        self.session.console.say(format!("-R {what} refused: {why}"));
-    }
-
-    fn cancel(&self, is: impl Fn(&Bind) -> bool) -> bool {
-        let mut forwards = self.session.forwards.lock();
-        let all = std::mem::take(&mut *forwards);
-        let (cancelled, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(|a| is(&a.attachment.bind));
-        *forwards = kept;
-        drop(forwards);
-        !cancelled.is_empty()
     }
 
     fn start_console(&mut self, id: ChannelId, session: &mut russh::server::Session) -> Result<(), russh::Error> {
@@ -416,7 +396,7 @@ impl Handler for Owner {
         }
         self.session.meet(session.remote_sshid());
         let _ = self.session.order.set(self.tunnels.next_id.fetch_add(1, Ordering::Relaxed));
-        let _ = self.session.handle.set(session.handle());
+        let _ = self.session.engine.set(Engine::Library(session.handle()));
         self.tunnels.sessions.insert(self.session.id, Arc::clone(&self.session));
         self.session.authenticated.notify_one();
         Ok(())
@@ -501,7 +481,7 @@ impl Handler for Owner {
     ) -> Result<bool, Self::Error> {
         let asked = *port;
         let bind = |public: u16| Bind::Tcp(address.to_owned(), if asked == 0 { u32::from(public) } else { asked });
-        match self.grant(naming::of_tcpip(address, asked), bind).await {
+        match self.tunnels.grant(&self.session, naming::of_tcpip(address, asked), bind).await {
             Ok(public) => {
                 if asked == 0 {
                     *port = u32::from(public);
@@ -509,7 +489,7 @@ impl Handler for Owner {
                 Ok(true)
             }
             Err(why) => {
-                self.refuse_forward(&format!("{address}:{asked}"), &why);
+                self.session.refuse_forward(&format!("{address}:{asked}"), &why);
                 Ok(false)
             }
         }
@@ -521,7 +501,7 @@ impl Handler for Owner {
         port: u32,
         _session: &mut russh::server::Session,
     ) -> Result<bool, Self::Error> {
-        Ok(self.cancel(|bind| matches!(bind, Bind::Tcp(a, p) if a == address && *p == port)))
+        Ok(self.session.cancel_forwards(|bind| matches!(bind, Bind::Tcp(a, p) if a == address && *p == port)))
     }
 
     async fn streamlocal_forward(
@@ -529,10 +509,10 @@ impl Handler for Owner {
         path: &str,
         _session: &mut russh::server::Session,
     ) -> Result<bool, Self::Error> {
-        match self.grant(naming::of_streamlocal(path), |_| Bind::Path(path.to_owned())).await {
+        match self.tunnels.grant(&self.session, naming::of_streamlocal(path), |_| Bind::Path(path.to_owned())).await {
             Ok(_) => Ok(true),
             Err(why) => {
-                self.refuse_forward(path, &why);
+                self.session.refuse_forward(path, &why);
                 Ok(false)
             }
         }
@@ -543,6 +523,6 @@ impl Handler for Owner {
         path: &str,
         _session: &mut russh::server::Session,
     ) -> Result<bool, Self::Error> {
-        Ok(self.cancel(|bind| matches!(bind, Bind::Path(p) if p == path)))
+        Ok(self.session.cancel_forwards(|bind| matches!(bind, Bind::Path(p) if p == path)))
     }
 }

@@ -21,6 +21,8 @@ use crate::error::Error;
 use crate::feed::Lease;
 use crate::limits::Permit;
 use crate::model::{TunnelId, Visitor};
+use crate::ssh::{Link, OpenError, To};
+use crate::stream::Stream;
 
 /// Bytes towards the peer that show a link at work while it is not heard.
 const SAID: u64 = 64 * 1024;
@@ -32,6 +34,12 @@ pub enum Bind {
     Tcp(String, u32),
     /// `streamlocal-forward@openssh.com`: the exact path asked for.
     Path(String),
+}
+
+/// What speaks SSH.
+pub(super) enum Engine {
+    Library(Handle),
+    Own(Arc<Link>),
 }
 
 /// One live SSH connection.
@@ -48,7 +56,7 @@ pub struct Session {
     pub ended: CancellationToken,
     pub(super) user: OnceLock<String>,
     pub(super) login: OnceLock<Login>,
-    pub(super) handle: OnceLock<Handle>,
+    pub(super) engine: OnceLock<Engine>,
     /// Later logins have higher ones.
     pub(super) order: OnceLock<u64>,
     pub(super) forwards: Mutex<Vec<Attached>>,
@@ -77,7 +85,7 @@ impl Session {
             ended: CancellationToken::new(),
             user: OnceLock::new(),
             login: OnceLock::new(),
-            handle: OnceLock::new(),
+            engine: OnceLock::new(),
             order: OnceLock::new(),
             forwards: Mutex::default(),
             made: Mutex::default(),
@@ -114,6 +122,9 @@ impl Session {
 
     /// The tunnel's round-trip time, once measured.
     pub fn rtt(&self) -> Option<Duration> {
+        if let Some(Engine::Own(link)) = self.engine.get() {
+            return link.rtt();
+        }
         match self.rtt_us.load(Ordering::Relaxed) {
             0 => None,
             us => Some(Duration::from_micros(us)),
@@ -127,7 +138,33 @@ impl Session {
 
     /// Bytes that wait for visitors now.
     pub fn queued_bytes(&self) -> usize {
-        self.shared.queued()
+        match self.engine.get() {
+            Some(Engine::Own(link)) => link.queued(),
+            _ => self.shared.queued(),
+        }
+    }
+
+    /// A login that is not taken, for the operator.
+    pub(super) fn log_refusal(&self, user: &str, why: &str) {
+        metrics::counter!("adit_ssh_rejected_total").increment(1);
+        tracing::info!(peer = %self.peer, user = user.escape_debug().to_string(), why, "login rejected");
+    }
+
+    /// A forward that is not granted, for operator and owner.
+    pub(super) fn refuse_forward(&self, what: &str, why: &str) {
+        let what = what.escape_debug();
+        tracing::info!(session = self.id, peer = %self.peer, %what, why, "forward refused");
+        self.console.say(format!("-R {what} refused: {why}"));
+    }
+
+    /// Gives up the forwards of these binds: whether there was one.
+    pub(super) fn cancel_forwards(&self, is: impl Fn(&Bind) -> bool) -> bool {
+        let mut forwards = self.forwards.lock();
+        let all = std::mem::take(&mut *forwards);
+        let (cancelled, kept): (Vec<_>, Vec<_>) = all.into_iter().partition(|a| is(&a.attachment.bind));
+        *forwards = kept;
+        drop(forwards);
+        !cancelled.is_empty()
     }
 
     /// Asks the owner's client for a way to the origin.
@@ -144,10 +181,25 @@ impl Session {
         bind: &Bind,
         visitor: &Visitor,
         mut permits: Vec<Permit>,
-    ) -> Result<SshStream, Error> {
-        let handle = self.handle.get().cloned().ok_or(Error::TunnelLost)?;
+    ) -> Result<Stream, Error> {
         let settings = &tunnels.settings;
         permits.push(Permit::take(&self.channels, settings.connections_per_tunnel).ok_or(Error::TunnelLimit)?);
+        let handle = match self.engine.get() {
+            Some(Engine::Own(link)) => {
+                let to = match bind {
+                    Bind::Tcp(address, port) => To::Tcp(address, *port, visitor.addr),
+                    Bind::Path(path) => To::Path(path),
+                };
+                return match timeout(settings.open_deadline, link.open(to, permits)).await {
+                    Ok(Ok(stream)) => Ok(Stream::other(stream)),
+                    Ok(Err(OpenError::Refused)) => Err(Error::OriginRefused),
+                    Ok(Err(OpenError::Lost)) => Err(Error::TunnelLost),
+                    Err(_) => Err(Error::TunnelSilent),
+                };
+            }
+            Some(Engine::Library(handle)) => handle.clone(),
+            None => return Err(Error::TunnelLost),
+        };
         let (answer, opened) = tokio::sync::oneshot::channel::<SshStream>();
         let (bind, visitor, deadline) = (bind.clone(), *visitor, settings.open_deadline);
         let (session, tasks) = (Arc::clone(self), tunnels.tasks.clone());
@@ -184,7 +236,7 @@ impl Session {
             }
         });
         match timeout(deadline, opened).await {
-            Ok(Ok(stream)) => Ok(stream),
+            Ok(Ok(stream)) => Ok(Stream::other(stream)),
             Ok(Err(_)) => Err(failure.await.unwrap_or(Error::TunnelLost)),
             Err(_) => Err(Error::TunnelSilent),
         }
@@ -192,12 +244,18 @@ impl Session {
 
     /// An open was slow: find out now whether the peer is still there.
     pub(super) fn suspect(&self) {
+        if let Some(Engine::Own(link)) = self.engine.get() {
+            link.suspect();
+        }
         self.suspect.notify_one();
     }
 
     /// Ends the connection whatever its state: the library reads no request to
     /// disconnect while it is held up.
     pub fn kill(&self) {
+        if let Some(Engine::Own(link)) = self.engine.get() {
+            link.kill();
+        }
         if let Some(wire) = self.wire.lock().take() {
             let _ = wire.shutdown(std::net::Shutdown::Both);
         }
@@ -205,9 +263,13 @@ impl Session {
 
     /// Asks the client to leave, with a reason that it shows.
     pub async fn disconnect(&self, why: &str) {
-        if let Some(handle) = self.handle.get() {
-            let bye = handle.disconnect(russh::Disconnect::ByApplication, why.to_owned(), String::new());
-            let _ = timeout(Duration::from_secs(1), bye).await;
+        match self.engine.get() {
+            Some(Engine::Own(link)) => link.disconnect(why),
+            Some(Engine::Library(handle)) => {
+                let bye = handle.disconnect(russh::Disconnect::ByApplication, why.to_owned(), String::new());
+                let _ = timeout(Duration::from_secs(1), bye).await;
+            }
+            None => {}
         }
     }
 
@@ -216,7 +278,7 @@ impl Session {
     /// not answer and says nothing else is dead, unless a visitor holds the
     /// session up just now.
     pub(super) async fn watch(&self, interval: Duration, deadline: Duration) {
-        let Some(handle) = self.handle.get() else { return };
+        let Some(Engine::Library(handle)) = self.engine.get() else { return };
         // At once after the login: the first visitor's order may depend on it.
         let mut pause = Duration::ZERO;
         loop {
