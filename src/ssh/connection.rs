@@ -32,6 +32,11 @@ const WINDOW_MIN: usize = 64 << 10;
 /// Global requests that wait for an answer.
 const REQUESTS: usize = 256;
 
+/// Channels of a session that wait for the peer's close, or for its answer,
+/// though nobody here uses them any more: OpenSSH closes only when its origin has
+/// read all. Each costs a third of a KiB; with more, no visitor is let in.
+const UNCLOSED: usize = 16_384;
+
 /// Session channels of one connection.
 const SESSIONS: usize = 4;
 
@@ -67,6 +72,8 @@ pub enum OpenError {
     Refused,
     /// The session has ended.
     Lost,
+    /// The session has all the channels it may have.
+    Full,
 }
 
 /// An answer that waits for those before it (RFC 4254 §4: in order).
@@ -112,7 +119,8 @@ struct Channel {
     queued: bool,
     /// May write one packet although others wait.
     granted: bool,
-    _permits: Vec<Permit>,
+    /// Until nobody here uses it.
+    permits: Vec<Permit>,
 }
 
 impl Channel {
@@ -138,7 +146,7 @@ impl Channel {
             writer: None,
             queued: false,
             granted: false,
-            _permits: permits,
+            permits,
         }
     }
 
@@ -549,7 +557,13 @@ impl Core {
 /// What this side does with channels.
 impl Core {
     /// Asks the peer for a channel; the end of its `poll_opened` says what came.
-    pub(super) fn open(&mut self, to: To<'_>, permits: Vec<Permit>) -> u32 {
+    pub(super) fn open(&mut self, to: To<'_>, permits: Vec<Permit>) -> Result<u32, OpenError> {
+        if self.ended.is_some() {
+            return Err(OpenError::Lost);
+        }
+        if self.channels.all.len() - self.channels.free.len() >= self.config.channels + UNCLOSED {
+            return Err(OpenError::Full);
+        }
         let window = self.channels.first_window();
         let id = self.channels.insert(Channel::new(Kind::Visitor, window, self.now, permits));
         self.send(|out| {
@@ -575,7 +589,7 @@ impl Core {
                 }
             }
         });
-        id
+        Ok(id)
     }
 
     pub(super) fn poll_opened(&mut self, id: u32, cx: &mut Context<'_>) -> Poll<Result<(), OpenError>> {
@@ -760,6 +774,7 @@ impl Core {
     pub(super) fn leave(&mut self, id: u32) {
         let Some(channel) = self.channels.get(id) else { return };
         channel.left = true;
+        channel.permits.clear();
         channel.queued = false;
         (channel.reader, channel.writer) = (None, None);
         let waiting = channel.inbox.len();

@@ -73,11 +73,8 @@ impl Link {
     /// A channel that opens after the caller has left is closed.
     pub async fn open(self: &Arc<Self>, to: To<'_>, permits: Vec<Permit>) -> Result<ChannelStream, OpenError> {
         let stream = self.with(|core| {
-            if core.ended.is_some() {
-                return Err(OpenError::Lost);
-            }
             core.now = now();
-            Ok(ChannelStream { link: Arc::clone(self), id: core.open(to, permits) })
+            Ok(ChannelStream { link: Arc::clone(self), id: core.open(to, permits)? })
         })?;
         std::future::poll_fn(|cx| self.with(|core| core.poll_opened(stream.id, cx))).await?;
         Ok(stream)
@@ -160,7 +157,7 @@ impl AsyncWrite for ChannelStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let broken = |why| match why {
             OpenError::Refused => io::ErrorKind::BrokenPipe.into(),
-            OpenError::Lost => lost(why),
+            OpenError::Lost | OpenError::Full => lost(why),
         };
         self.link.with(|core| core.poll_write(self.id, cx, buf)).map_err(broken)
     }

@@ -58,8 +58,10 @@ impl Fatal {
     const WINDOW: Self = Self::new(2, "window", "window exceeded");
     const CHANNEL: Self = Self::new(2, "channel", "no such channel");
     const AUTH_ATTEMPTS: Self = Self::new(14, "auth_attempts", "too many failed logins");
-    const LOGIN_DEADLINE: Self = Self::new(2, "login_deadline", "no login in time");
-    const SILENT: Self = Self::new(2, "silent", "no answer in time");
+    /// Nobody has logged in.
+    pub const LOGIN_DEADLINE: Self = Self::new(2, "login_deadline", "no login in time");
+    /// The peer does not answer.
+    pub const SILENT: Self = Self::new(2, "silent", "the peer does not answer");
 }
 
 /// The knobs of the engine; one for all sessions of a node.
@@ -86,7 +88,9 @@ pub struct Config {
     pub rekey_bytes: u64,
     /// The same by time.
     pub rekey_after: Duration,
-    /// A channel's window at first, and at most.
+    /// Visitors at once.
+    pub channels: usize,
+    /// A channel's window at first.
     pub window: usize,
     /// At most.
     pub window_max: usize,

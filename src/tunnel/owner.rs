@@ -20,7 +20,7 @@ use super::{Bind, Mode, Session, Tunnels, naming};
 use crate::limits::{AddressPermit, Permit};
 use crate::metrics::Present;
 use crate::ssh::{
-    Asked, Attempt, ChannelStream, Config, Driver, Ended, Link, Method, Owner as Decides, RequestId, Verdict,
+    Asked, Attempt, ChannelStream, Config, Driver, Ended, Fatal, Link, Method, Owner as Decides, RequestId, Verdict,
 };
 
 /// Forwards of one session that wait to be registered.
@@ -62,6 +62,11 @@ pub(super) async fn serve(
     let (ended, client) = Driver::new(link, tcp, &head, Box::new(owner)).await;
     match ended {
         Ended::Fault(fatal) => {
+            if fatal == Fatal::SILENT {
+                metrics::counter!("adit_sessions_dead_total").increment(1);
+            } else if fatal == Fatal::LOGIN_DEADLINE {
+                metrics::counter!("adit_ssh_login_timeouts_total").increment(1);
+            }
             metrics::counter!("adit_ssh_faults_total", "fault" => fatal.label).increment(1);
             tracing::info!(session = id, %peer, client, fault = fatal.label, "session ended: {}", fatal.text);
         }

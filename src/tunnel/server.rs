@@ -185,6 +185,7 @@ fn own_config(settings: &SshSettings, host_key: &PrivateKey) -> Result<ssh::Conf
         keepalive_deadline: settings.keepalive_deadline,
         rekey_bytes: settings.rekey_bytes as u64,
         rekey_after: settings.rekey_after,
+        channels: settings.connections_per_tunnel,
         window: settings.window,
         window_max: settings.window_max.max(settings.window),
         session_buffer: settings.tunnel_buffer,

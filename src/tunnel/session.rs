@@ -193,6 +193,7 @@ impl Session {
                 return match timeout(settings.open_deadline, link.open(to, permits)).await {
                     Ok(Ok(stream)) => Ok(Stream::other(stream)),
                     Ok(Err(OpenError::Refused)) => Err(Error::OriginRefused),
+                    Ok(Err(OpenError::Full)) => Err(Error::TunnelLimit),
                     Ok(Err(OpenError::Lost)) => Err(Error::TunnelLost),
                     Err(_) => Err(Error::TunnelSilent),
                 };
