@@ -418,7 +418,8 @@ impl Core {
     }
 
     fn send_replies(&mut self) {
-        while let Some(reply) = self.channels.replies.pop_front_if(|r| r.answer.is_some()) {
+        while self.channels.replies.front().is_some_and(|r| r.answer.is_some()) {
+            let Some(reply) = self.channels.replies.pop_front() else { return };
             match reply.answer.flatten() {
                 _ if !reply.wanted => {}
                 Some(body) => self.send(|out| {
