@@ -668,6 +668,16 @@ impl Core {
 
     /// Seals bytes for the peer: how many were taken.
     pub(super) fn poll_write(&mut self, id: u32, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize, OpenError>> {
+        let had_turn = self.channels.get(id).is_some_and(|c| std::mem::take(&mut c.granted));
+        self.channels.granted -= usize::from(had_turn);
+        let written = self.write(id, cx, data, had_turn);
+        if had_turn && !matches!(written, Poll::Ready(Ok(_))) {
+            self.wake_writers(); // the turn is another's
+        }
+        written
+    }
+
+    fn write(&mut self, id: u32, cx: &mut Context<'_>, data: &[u8], turn: bool) -> Poll<Result<usize, OpenError>> {
         let (ended, exchanging, ahead) = (self.ended.is_some(), self.exchanging(), self.out.len());
         let others = self.channels.granted > 0 || !self.channels.waiting.is_empty();
         let Some(channel) = self.channels.get(id) else { return Poll::Ready(Err(OpenError::Lost)) };
@@ -675,11 +685,11 @@ impl Core {
         if channel.close_heard || channel.close_said || channel.eof_said || channel.eof_wanted {
             return Poll::Ready(Err(OpenError::Refused));
         }
-        let n = data.len().min(channel.room).min(channel.packet);
-        let turn = channel.granted || (!others && ahead < OUT_BYTES) || (n <= SMALL && ahead < OUT_BYTES_SMALL);
         if data.is_empty() {
             return Poll::Ready(Ok(0));
         }
+        let n = data.len().min(channel.room).min(channel.packet);
+        let turn = turn || (!others && ahead < OUT_BYTES) || (n <= SMALL && ahead < OUT_BYTES_SMALL);
         if n == 0 || exchanging || !turn {
             match &mut channel.writer {
                 Some(waker) => waker.clone_from(cx.waker()),
@@ -687,15 +697,10 @@ impl Core {
             }
             if n > 0 {
                 self.channels.wait(id);
-            } else if std::mem::take(&mut channel.granted) {
-                self.channels.granted -= 1;
             }
             return Poll::Pending;
         }
         channel.room -= n;
-        if std::mem::take(&mut channel.granted) {
-            self.channels.granted -= 1;
-        }
         let data = data.get(..n).unwrap_or_default();
         self.send(|out| {
             out.put_u8(msg::CHANNEL_DATA);
