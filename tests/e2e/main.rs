@@ -16,6 +16,7 @@ mod limits;
 mod network;
 mod operator;
 mod owners;
+mod rekey;
 mod review;
 mod scale;
 mod shortage;
