@@ -16,6 +16,12 @@ pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {
     /// (TCP: RST). Called once, right before the stream is dropped.
     fn reset(&mut self);
 
+    /// Bytes as they came, at most `max`, for a stream that holds them already:
+    /// none at its end. `None` for one that reads into the caller's memory.
+    fn poll_piece(&mut self, _cx: &mut Context<'_>, _max: usize) -> Option<Poll<io::Result<Bytes>>> {
+        None
+    }
+
     /// Whether the far end has broken the stream off, for one who does not
     /// read now and so would not learn it. True once: what tells it forgets it.
     fn broken(&self) -> bool {
@@ -78,6 +84,13 @@ impl Duplex for Stream {
         match &mut self.io {
             Io::Tcp(tcp) => Duplex::reset(tcp),
             Io::Other(io) => io.reset(),
+        }
+    }
+
+    fn poll_piece(&mut self, cx: &mut Context<'_>, max: usize) -> Option<Poll<io::Result<Bytes>>> {
+        match &mut self.io {
+            Io::Other(io) if self.head.is_empty() => io.poll_piece(cx, max),
+            _ => None,
         }
     }
 

@@ -6,11 +6,12 @@ use std::cell::Cell;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::way::{Broken, Step, Tally};
 use crate::error::Error;
-use crate::stream::Stream;
+use crate::stream::{Duplex, Stream};
 
 thread_local! {
     /// Taken out while in use, so that nothing can find it borrowed.
@@ -20,8 +21,7 @@ thread_local! {
 /// What one direction still has to write.
 #[derive(Debug, Default)]
 pub(super) struct Copier {
-    kept: Vec<u8>,
-    written: usize,
+    kept: Bytes,
     unflushed: bool,
 }
 
@@ -41,6 +41,9 @@ impl Copier {
         tally: &mut Tally,
     ) -> Poll<Result<Step, Broken>> {
         ready!(self.poll_kept(cx, to, tally))?;
+        if let Some(piece) = from.poll_piece(cx, size) {
+            return self.pass_on(cx, piece, to, tally);
+        }
         let mut shared = SHARED.take();
         if shared.len() != size {
             shared.resize(size, 0);
@@ -66,14 +69,7 @@ impl Copier {
                 return Poll::Ready(Err(Broken::Read));
             }
             Poll::Pending => {
-                // The reader will be a while: TLS must not sit on a record.
-                if self.unflushed
-                    && let Poll::Ready(flushed) = Pin::new(to).poll_flush(cx)
-                {
-                    self.unflushed = false;
-                    flushed.map_err(|_| Broken::Write)?;
-                }
-                return Poll::Pending;
+                return self.flush_meanwhile(cx, to);
             }
         }
         let mut rest = buf.filled();
@@ -91,8 +87,7 @@ impl Copier {
                 }
                 Poll::Ready(_) => return Poll::Ready(Err(Broken::Write)),
                 Poll::Pending => {
-                    self.kept = rest.to_vec();
-                    self.written = 0;
+                    self.kept = Bytes::copy_from_slice(rest);
                     break;
                 }
             }
@@ -100,18 +95,56 @@ impl Copier {
         Poll::Ready(Ok(Step::Read(read)))
     }
 
+    /// Writes a piece that the reader had; what the writer does not take is kept.
+    fn pass_on(
+        &mut self,
+        cx: &mut Context<'_>,
+        piece: Poll<std::io::Result<Bytes>>,
+        to: &mut Stream,
+        tally: &mut Tally,
+    ) -> Poll<Result<Step, Broken>> {
+        match piece {
+            Poll::Ready(Ok(piece)) if piece.is_empty() => Poll::Ready(Ok(Step::End)),
+            Poll::Ready(Ok(piece)) => {
+                tally.read();
+                let read = piece.len();
+                self.kept = piece;
+                match self.poll_kept(cx, to, tally) {
+                    Poll::Ready(Err(broken)) => Poll::Ready(Err(broken)),
+                    _ => Poll::Ready(Ok(Step::Read(read))),
+                }
+            }
+            Poll::Ready(Err(error)) => {
+                tally.why = Error::within(&error);
+                Poll::Ready(Err(Broken::Read))
+            }
+            Poll::Pending => self.flush_meanwhile(cx, to),
+        }
+    }
+
+    /// The reader will be a while: TLS must not sit on a record.
+    fn flush_meanwhile(&mut self, cx: &mut Context<'_>, to: &mut Stream) -> Poll<Result<Step, Broken>> {
+        if self.unflushed
+            && let Poll::Ready(flushed) = Pin::new(to).poll_flush(cx)
+        {
+            self.unflushed = false;
+            flushed.map_err(|_| Broken::Write)?;
+        }
+        Poll::Pending
+    }
+
     fn poll_kept(&mut self, cx: &mut Context<'_>, to: &mut Stream, tally: &mut Tally) -> Poll<Result<(), Broken>> {
-        while let Some(rest) = self.kept.get(self.written..).filter(|rest| !rest.is_empty()) {
-            match ready!(Pin::new(&mut *to).poll_write(cx, rest)) {
+        while !self.kept.is_empty() {
+            match ready!(Pin::new(&mut *to).poll_write(cx, &self.kept)) {
                 Ok(n) if n > 0 => {
-                    self.written += n;
+                    self.kept.advance(n);
                     tally.moved += n as u64;
                     self.unflushed = true;
                 }
                 _ => return Poll::Ready(Err(Broken::Write)),
             }
         }
-        self.kept = Vec::new();
+        self.kept = Bytes::new();
         Poll::Ready(Ok(()))
     }
 }

@@ -318,7 +318,7 @@ impl Core {
             }
             msg::CHANNEL_DATA => {
                 let (id, data) = (read.u32()?, read.string()?);
-                self.data(id, Bytes::copy_from_slice(data))?;
+                self.small_data(id, data)?;
             }
             msg::CHANNEL_EXTENDED_DATA => {
                 // A client has no standard error to send; it is let pass.
@@ -367,15 +367,23 @@ impl Core {
         Ok(channel)
     }
 
-    /// Bytes for a channel's reader.
+    /// Bytes for a channel's reader, in a block of their own.
     pub(super) fn data(&mut self, id: u32, data: Bytes) -> Result<(), Fatal> {
-        let len = data.len();
+        self.deliver(id, data.len(), |inbox| inbox.push(data))
+    }
+
+    /// The same, to be copied.
+    pub(super) fn small_data(&mut self, id: u32, data: &[u8]) -> Result<(), Fatal> {
+        self.deliver(id, data.len(), |inbox| inbox.push_copied(data))
+    }
+
+    fn deliver(&mut self, id: u32, len: usize, push: impl FnOnce(&mut Inbox)) -> Result<(), Fatal> {
         let channel = self.receive(id, len)?;
         if channel.left || channel.close_said {
             self.channels.redeem(len);
             return Ok(());
         }
-        channel.inbox.push(data);
+        push(&mut channel.inbox);
         if let Some(reader) = channel.reader.take() {
             reader.wake();
         }

@@ -7,22 +7,24 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
+use super::block::{BLOCK, Block};
 use super::cipher::{Front, Opener};
 use super::connection::{OpenError, RequestId, To};
 use super::core::{Core, Ended, Handled};
+use super::inbox::WHOLE;
 use super::{Config, Fatal, Owner, msg};
 use crate::error::Error;
 use crate::limits::Permit;
 use crate::stream::Duplex;
 
 /// The least and the most that one read takes; it grows while reads are full.
-const READ_BYTES: (usize, usize) = (4 << 10, 256 << 10);
+const READ_BYTES: (usize, usize) = (4 << 10, BLOCK);
 
 /// Reads and writes after which other tasks have their turn.
 const ROUNDS: usize = 16;
@@ -183,6 +185,10 @@ impl ChannelStream {
 }
 
 impl Duplex for ChannelStream {
+    fn poll_piece(&mut self, cx: &mut Context<'_>, max: usize) -> Option<Poll<io::Result<Bytes>>> {
+        Some(ChannelStream::poll_piece(self, cx, max))
+    }
+
     fn reset(&mut self) {
         // SSH has no other end than a close: RFC 4254 §5.3.
     }
@@ -200,10 +206,12 @@ pub struct Driver {
     tcp: TcpStream,
     owner: Box<dyn Owner>,
     opener: Opener,
-    input: BytesMut,
+    input: Block,
+    /// Bytes of `input` that were read and not handed on yet.
+    filled: usize,
     read_bytes: usize,
-    /// The packets at the front of `input`: where their payloads are.
-    opened: Vec<(usize, usize)>,
+    /// The packets at the front of `input`: where their payloads are, and their numbers.
+    opened: Vec<(usize, usize, u32)>,
     logged_in: bool,
     paused: bool,
     wire: Vec<u8>,
@@ -218,12 +226,15 @@ impl Driver {
     /// Runs `link` on a connection of which `head` has been read already.
     pub fn new(link: Arc<Link>, tcp: TcpStream, head: &[u8], owner: Box<dyn Owner>) -> Self {
         let armed = now();
+        let mut input = Block::of(head.len());
+        input.bytes().copy_from_slice(head);
         Self {
             link,
             tcp,
             owner,
             opener: Opener::plain(),
-            input: BytesMut::from(head),
+            filled: input.len(),
+            input,
             read_bytes: READ_BYTES.0,
             opened: Vec::new(),
             logged_in: false,
@@ -241,10 +252,15 @@ impl Driver {
         if self.paused || self.goodbye.is_some() {
             return Poll::Pending;
         }
-        self.input.reserve(self.read_bytes);
-        let read = tokio_util::io::poll_read_buf(Pin::new(&mut self.tcp), cx, &mut self.input);
+        if self.input.len() - self.filled < self.read_bytes / 2 {
+            self.refill((self.filled + self.read_bytes).min(BLOCK.max(self.filled + READ_BYTES.0)), 0);
+        }
+        let mut room = ReadBuf::new(self.input.bytes().get_mut(self.filled..).unwrap_or_default());
+        let read = Pin::new(&mut self.tcp).poll_read(cx, &mut room);
+        let n = room.filled().len();
         match read {
-            Poll::Ready(Ok(n @ 1..)) => {
+            Poll::Ready(Ok(())) if n > 0 => {
+                self.filled += n;
                 let (least, most) = READ_BYTES;
                 if n >= self.read_bytes {
                     self.read_bytes = (self.read_bytes * 4).min(most);
@@ -258,67 +274,113 @@ impl Driver {
                 Poll::Ready(())
             }
             Poll::Pending => {
-                if self.input.is_empty() {
-                    self.input = BytesMut::new();
+                if self.filled == 0 {
+                    self.input = Block::default();
                 }
                 Poll::Pending
             }
         }
     }
 
+    /// Goes on in a block of at least `size` bytes with what stands from `from` on;
+    /// gives the former one.
+    fn refill(&mut self, size: usize, from: usize) -> Block {
+        let former = std::mem::replace(&mut self.input, Block::of(size.max(self.filled - from)));
+        if let Some(rest) = former.as_ref().get(from..self.filled)
+            && let Some(front) = self.input.bytes().get_mut(..rest.len())
+        {
+            front.copy_from_slice(rest);
+        }
+        self.filled -= from;
+        former
+    }
+
+    /// Drops bytes from the front of the input.
+    fn pass(&mut self, len: usize) {
+        self.input.bytes().copy_within(len..self.filled, 0);
+        self.filled -= len;
+    }
+
     /// Hands on all packets that are there.
     fn take_packets(&mut self) -> Result<(), Fatal> {
         let mut pos = 0;
-        loop {
-            if self.paused {
-                return Ok(());
-            }
+        while !self.paused {
             if pos == 0 && self.opener.packets == 0 && self.opener.seq() == 0 {
                 let state = &mut *self.link.state.lock();
                 if state.core.awaits_version() {
-                    match state.core.version(&self.input)? {
-                        Some(taken) => self.input = self.input.split_off(taken),
+                    match state.core.version(self.input.as_ref().get(..self.filled).unwrap_or_default())? {
+                        Some(taken) => {
+                            self.input.bytes().copy_within(taken..self.filled, 0);
+                            self.filled -= taken;
+                        }
                         None => return Ok(()),
                     }
                 }
             }
             let seq = self.opener.seq();
-            let front = self.opener.open(self.input.get_mut(pos..).unwrap_or_default())?;
+            let front = self.opener.open(self.input.bytes().get_mut(pos..self.filled).unwrap_or_default())?;
             let Front::Packet { payload, len } = front else {
-                return self.hand_on(pos, seq);
+                return self.hand_on(pos);
             };
             let (start, end) = (pos + payload.start, pos + payload.end);
-            self.opened.push((start, end));
+            self.opened.push((start, end, seq));
             pos += len;
-            if !self.logged_in || self.input.get(start) != Some(&msg::CHANNEL_DATA) {
-                self.hand_on(pos, seq)?;
+            // What changes keys, or who listens, is handed on at once.
+            let number = self.input.as_ref().get(start).copied().unwrap_or_default();
+            if !self.logged_in || number < msg::USERAUTH_REQUEST {
+                self.hand_on(pos)?;
                 pos = 0;
             }
         }
+        Ok(())
     }
 
-    /// Hands on the opened packets, of which only the last may be other than a
-    /// channel's data.
-    fn hand_on(&mut self, len: usize, seq: u32) -> Result<(), Fatal> {
+    /// Hands on the opened packets, which are the first `len` bytes.
+    fn hand_on(&mut self, len: usize) -> Result<(), Fatal> {
         if len == 0 {
             return Ok(());
         }
-        let block = self.input.split_to(len).freeze();
+        let mut opened = std::mem::take(&mut self.opened);
+        let large = opened.iter().any(|(start, end, _)| end - start > WHOLE);
+        let handed = if large && self.logged_in {
+            // Large pieces stay where they are; what follows them moves.
+            let block = Bytes::from_owner(self.refill(self.read_bytes, len));
+            self.hand_on_each(&mut opened, &block, |core, id, from, to| core.data(id, block.slice(from..to)))
+        } else {
+            let block = std::mem::take(&mut self.input);
+            let bytes = block.as_ref();
+            let handed = self.hand_on_each(&mut opened, bytes, |core, id, from, to| {
+                core.small_data(id, bytes.get(from..to).unwrap_or_default())
+            });
+            self.input = block;
+            self.pass(len);
+            handed
+        };
+        self.opened = opened;
+        handed
+    }
+
+    fn hand_on_each(
+        &mut self,
+        opened: &mut Vec<(usize, usize, u32)>,
+        block: &[u8],
+        mut data: impl FnMut(&mut Core, u32, usize, usize) -> Result<(), Fatal>,
+    ) -> Result<(), Fatal> {
         let core = &mut self.link.state.lock().core;
-        for (start, end) in self.opened.drain(..) {
+        for (start, end, seq) in opened.drain(..) {
             if core.ended.is_some() {
                 continue;
             }
             let payload = block.get(start..end).unwrap_or_default();
             // RFC 4254 §5.2.
-            if let Some((&[msg::CHANNEL_DATA, a, b, c, d, e, f, g, h], data)) = payload.split_first_chunk()
+            if let Some((&[msg::CHANNEL_DATA, a, b, c, d, e, f, g, h], bytes)) = payload.split_first_chunk()
                 && self.logged_in
                 && !core.exchanging_in()
             {
-                if u32::from_be_bytes([e, f, g, h]) as usize != data.len() {
+                if u32::from_be_bytes([e, f, g, h]) as usize != bytes.len() {
                     return Err(Fatal::MALFORMED);
                 }
-                core.data(u32::from_be_bytes([a, b, c, d]), block.slice(start + 9..end))?;
+                data(core, u32::from_be_bytes([a, b, c, d]), start + 9, end)?;
             } else if core.packet(payload, seq, &mut *self.owner)? == Handled::NewKeys {
                 core.change(&mut self.opener)?;
             }
@@ -361,7 +423,7 @@ impl Driver {
             if read {
                 self.link.state.lock().core.heard(now());
             }
-            if (read || !self.input.is_empty())
+            if (read || self.filled > 0)
                 && let Err(fatal) = self.take_packets()
             {
                 self.link.state.lock().core.fail(fatal);

@@ -5,21 +5,32 @@ use std::collections::VecDeque;
 
 use bytes::{Buf, Bytes, BytesMut};
 
-/// A piece of at least this keeps the buffer that it came in; a smaller one would
-/// hold up many times its size, and is copied.
-const WHOLE: usize = 16 << 10;
+/// A piece of at least this keeps the block that it came in (`block`); a smaller
+/// one would hold up many times its size, and is copied.
+pub(super) const WHOLE: usize = 16 << 10;
+
+/// Whole pieces that wait at most; a reader that is further behind must not hold
+/// the blocks of others, and gets copies.
+const WHOLES: usize = 8;
+
+/// Copies are gathered in pieces of this.
+const GATHER: usize = 32 << 10;
 
 /// The bytes that wait for one reader.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
-    /// Only ever one, the first: a reader that keeps up finds it alone.
-    whole: Bytes,
-    copied: VecDeque<BytesMut>,
+    pieces: VecDeque<Piece>,
     len: usize,
+    wholes: usize,
+    /// Copies only, until it is empty again.
+    behind: bool,
 }
 
-/// Copies are gathered in pieces of this.
-const GATHER: usize = 32 << 10;
+#[derive(Debug)]
+enum Piece {
+    Whole(Bytes),
+    Copied(BytesMut),
+}
 
 impl Inbox {
     pub(super) fn len(&self) -> usize {
@@ -27,52 +38,67 @@ impl Inbox {
     }
 
     pub(super) fn push(&mut self, data: Bytes) {
-        if self.len == 0 && data.len() >= WHOLE {
-            self.len = data.len();
-            self.whole = data;
-            return;
+        if data.len() < WHOLE || self.behind {
+            return self.push_copied(&data);
         }
-        self.push_copied(&data);
+        if self.wholes == WHOLES {
+            self.behind = true;
+            let pieces = std::mem::take(self).pieces;
+            self.behind = true;
+            for piece in pieces {
+                match piece {
+                    Piece::Whole(bytes) => self.push_copied(&bytes),
+                    Piece::Copied(bytes) => self.push_copied(&bytes),
+                }
+            }
+            return self.push_copied(&data);
+        }
+        self.len += data.len();
+        self.wholes += 1;
+        self.pieces.push_back(Piece::Whole(data));
     }
 
     pub(super) fn push_copied(&mut self, mut data: &[u8]) {
-        // A reader that does not keep up must not hold other visitors' bytes.
-        if !self.whole.is_empty() && self.copied.is_empty() {
-            let whole = std::mem::take(&mut self.whole);
-            self.copied.push_back(BytesMut::from(&*whole));
-        }
         self.len += data.len();
         while !data.is_empty() {
-            let room = self.copied.back().map_or(0, |last| GATHER.saturating_sub(last.len()));
-            if room == 0 {
-                self.copied.push_back(BytesMut::new());
-                continue;
-            }
-            let (now, later) = data.split_at(room.min(data.len()));
-            if let Some(last) = self.copied.back_mut() {
+            if let Some(Piece::Copied(last)) = self.pieces.back_mut()
+                && last.len() < GATHER
+            {
+                let (now, later) = data.split_at((GATHER - last.len()).min(data.len()));
                 last.extend_from_slice(now);
+                data = later;
+            } else {
+                self.pieces.push_back(Piece::Copied(BytesMut::new()));
             }
-            data = later;
         }
     }
 
     /// Takes up to `max` bytes, as they lie.
     pub(super) fn pop(&mut self, max: usize) -> Bytes {
-        let piece = if self.whole.is_empty() {
-            let Some(first) = self.copied.front_mut() else { return Bytes::new() };
-            if first.len() <= max {
-                self.copied.pop_front().unwrap_or_default().freeze()
-            } else {
-                let piece = Bytes::copy_from_slice(first.get(..max).unwrap_or_default());
-                first.advance(piece.len());
+        let piece = match self.pieces.front_mut() {
+            None => return Bytes::new(),
+            Some(Piece::Whole(bytes)) => bytes.split_to(max.min(bytes.len())),
+            Some(Piece::Copied(bytes)) if bytes.len() <= max => std::mem::take(bytes).freeze(),
+            Some(Piece::Copied(bytes)) => {
+                let piece = Bytes::copy_from_slice(bytes.get(..max).unwrap_or_default());
+                bytes.advance(piece.len());
                 piece
             }
-        } else {
-            self.whole.split_to(max.min(self.whole.len()))
         };
         self.len -= piece.len();
+        match self.pieces.front() {
+            Some(Piece::Whole(bytes)) if bytes.is_empty() => {
+                self.wholes -= 1;
+                self.pieces.pop_front();
+            }
+            Some(Piece::Copied(bytes)) if bytes.is_empty() => drop(self.pieces.pop_front()),
+            _ => {}
+        }
         if self.len == 0 {
-            *self = Self::default();
+            self.behind = false;
+            if self.pieces.capacity() > 2 * WHOLES {
+                self.pieces = VecDeque::new();
+            }
         }
         piece
     }
@@ -89,9 +115,9 @@ mod tests {
     #[test]
     fn bytes_come_out_as_they_went_in() {
         let mut inbox = Inbox::default();
-        let all: Vec<u8> = (0..200_000u32).map(|n| (n * 7 % 251) as u8).collect();
+        let all: Vec<u8> = (0..1_000_000u32).map(|n| (n * 7 % 251) as u8).collect();
         let (mut sent, mut read) = (0, Vec::new());
-        for (n, step) in [1, 20_000, 5, 40_000, 3, 70_000, 16_384, 1, 30_000].into_iter().enumerate() {
+        for (n, step) in [1, 20_000, 5, 40_000, 3, 70_000, 16_384, 1, 30_000].into_iter().cycle().take(45).enumerate() {
             inbox.push(Bytes::copy_from_slice(&all[sent..sent + step]));
             sent += step;
             if n % 3 == 1 {
@@ -102,20 +128,28 @@ mod tests {
         while inbox.len() > 0 {
             read.extend_from_slice(&inbox.pop(9_999));
         }
-        assert!(read == all[..sent] && inbox.pop(1).is_empty());
+        assert!(read == all[..sent] && inbox.pop(1).is_empty() && inbox.pieces.is_empty() && inbox.wholes == 0);
     }
 
     #[test]
-    fn a_slow_reader_holds_no_buffer_of_others() {
+    fn a_reader_that_is_behind_holds_no_block_of_others() {
         let mut inbox = Inbox::default();
-        let shared = Bytes::from(vec![1; 64 << 10]);
-        inbox.push(shared.slice(..32 << 10));
+        let shared = Bytes::from(vec![1; WHOLE]);
+        for _ in 0..WHOLES {
+            inbox.push(shared.clone());
+        }
         assert!(!shared.is_unique());
-        inbox.push(shared.slice(32 << 10..));
+        inbox.push(shared.clone());
         assert!(shared.is_unique());
         for _ in 0..100_000 {
             inbox.push_copied(b"x");
         }
-        assert!(inbox.copied.iter().map(BytesMut::capacity).sum::<usize>() < 2 * inbox.len());
+        let kept: usize = inbox.pieces.iter().map(|p| if let Piece::Copied(b) = p { b.capacity() } else { 0 }).sum();
+        assert!(kept < 2 * inbox.len(), "{kept}");
+        while inbox.len() > 0 {
+            inbox.pop(usize::MAX);
+        }
+        inbox.push(shared.clone());
+        assert!(!shared.is_unique(), "a reader that has caught up gets pieces whole again");
     }
 }

@@ -10,6 +10,7 @@
 //! window on receipt, so one visitor who stops reading stops all of a tunnel.
 
 mod auth;
+mod block;
 mod cipher;
 mod connection;
 mod core;
