@@ -367,9 +367,9 @@ impl Core {
         Ok(channel)
     }
 
-    /// Bytes for a channel's reader, in a block of their own.
-    pub(super) fn data(&mut self, id: u32, data: Bytes) -> Result<(), Fatal> {
-        self.deliver(id, data.len(), |inbox| inbox.push(data))
+    /// Bytes for a channel's reader, in a block where they are `alone` or not.
+    pub(super) fn data(&mut self, id: u32, data: Bytes, alone: bool) -> Result<(), Fatal> {
+        self.deliver(id, data.len(), |inbox| inbox.push(data, alone))
     }
 
     /// The same, to be copied.

@@ -345,7 +345,11 @@ impl Driver {
         let handed = if large && self.logged_in {
             // Large pieces stay where they are; what follows them moves.
             let block = Bytes::from_owner(self.refill(self.read_bytes, len));
-            self.hand_on_each(&mut opened, &block, |core, id, from, to| core.data(id, block.slice(from..to)))
+            // The numbers of message and channel.
+            let head = |start: usize| block.get(start..start + 5);
+            let first = opened.first().and_then(|(start, ..)| head(*start));
+            let alone = len >= BLOCK / 4 && opened.iter().all(|(start, ..)| head(*start) == first);
+            self.hand_on_each(&mut opened, &block, |core, id, from, to| core.data(id, block.slice(from..to), alone))
         } else {
             let block = std::mem::take(&mut self.input);
             let bytes = block.as_ref();

@@ -37,11 +37,13 @@ impl Inbox {
         self.len
     }
 
-    pub(super) fn push(&mut self, data: Bytes) {
-        if data.len() < WHOLE || self.behind {
+    /// Takes a piece of a block, of which it is the most or `alone` with its like:
+    /// then keeping the block costs little more than a copy would.
+    pub(super) fn push(&mut self, data: Bytes, alone: bool) {
+        if data.len() < WHOLE || (self.behind && !alone) {
             return self.push_copied(&data);
         }
-        if self.wholes == WHOLES {
+        if self.wholes >= WHOLES && !alone {
             self.behind = true;
             let pieces = std::mem::take(self).pieces;
             self.behind = true;
@@ -118,7 +120,7 @@ mod tests {
         let all: Vec<u8> = (0..1_000_000u32).map(|n| (n * 7 % 251) as u8).collect();
         let (mut sent, mut read) = (0, Vec::new());
         for (n, step) in [1, 20_000, 5, 40_000, 3, 70_000, 16_384, 1, 30_000].into_iter().cycle().take(45).enumerate() {
-            inbox.push(Bytes::copy_from_slice(&all[sent..sent + step]));
+            inbox.push(Bytes::copy_from_slice(&all[sent..sent + step]), n % 4 == 1);
             sent += step;
             if n % 3 == 1 {
                 read.extend_from_slice(&inbox.pop(10_000));
@@ -136,10 +138,10 @@ mod tests {
         let mut inbox = Inbox::default();
         let shared = Bytes::from(vec![1; WHOLE]);
         for _ in 0..WHOLES {
-            inbox.push(shared.clone());
+            inbox.push(shared.clone(), false);
         }
         assert!(!shared.is_unique());
-        inbox.push(shared.clone());
+        inbox.push(shared.clone(), false);
         assert!(shared.is_unique());
         for _ in 0..100_000 {
             inbox.push_copied(b"x");
@@ -149,7 +151,7 @@ mod tests {
         while inbox.len() > 0 {
             inbox.pop(usize::MAX);
         }
-        inbox.push(shared.clone());
+        inbox.push(shared.clone(), false);
         assert!(!shared.is_unique(), "a reader that has caught up gets pieces whole again");
     }
 }
