@@ -134,6 +134,9 @@ mod tests {
             ("settings", settings),
             ("framing", framing),
             ("naming", naming),
+            ("ssh_preauth", crate::ssh::fuzzing::preauth),
+            ("ssh_session", crate::ssh::fuzzing::session),
+            ("ssh_keys", crate::ssh::fuzzing::keys),
         ] {
             let seeds = std::fs::read_dir(format!("{}/fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
             let replayed = seeds.map(|seed| target(&std::fs::read(seed.unwrap().path()).unwrap())).count();

@@ -86,6 +86,11 @@ impl Login {
         self.done
     }
 
+    /// As if somebody had logged in, for tests of what comes after.
+    pub(super) fn complete() -> Self {
+        Self { service: true, done: true, ..Self::default() }
+    }
+
     pub(super) fn started(&self) -> bool {
         self.service
     }

@@ -128,6 +128,19 @@ impl Core {
         }
     }
 
+    /// A session after its login, without encryption: for tests and fuzzing of what
+    /// comes after.
+    pub(super) fn in_the_clear(config: Arc<Config>, now: Instant) -> Self {
+        let mut core = Self::new(config, now);
+        core.out.clear();
+        core.client_version = b"SSH-2.0-test".to_vec();
+        core.session_id = vec![7; 32];
+        core.login = Login::complete();
+        core.opened();
+        core.kexinit_at = None;
+        core
+    }
+
     /// Whether the client's version line is still to come.
     pub(super) fn awaits_version(&self) -> bool {
         self.client_version.is_empty()

@@ -122,3 +122,9 @@ pub trait Owner: Send {
     /// A signal for a console.
     fn signal(&mut self, channel: u32);
 }
+
+#[doc(hidden)]
+pub mod fuzzing;
+
+#[cfg(test)]
+mod tests;
