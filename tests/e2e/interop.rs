@@ -2,12 +2,14 @@
 //! algorithm, other clients, and ssh-audit's opinion.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
 use crate::harness::*;
 
@@ -120,6 +122,220 @@ async fn openssh_logs_in_with_a_certificate() {
     let addr = SocketAddr::new(node.ip, 20500);
     down(addr, 3 * MIB).await;
     up(addr, 3 * MIB).await;
+}
+
+/// How a client takes its forward back and asks for it again.
+enum Again {
+    /// It cannot while it runs.
+    No,
+    /// A line on its standard input.
+    Told,
+    /// By these two commands.
+    Commands(Command, Command),
+}
+
+/// Where the client's forward is published; returns when it serves.
+async fn published(node: &Node, program: &mut Program) -> SocketAddr {
+    eventually("a served forward", async || {
+        assert!(program.runs(), "the client ended:\n{}", program.output());
+        let addr = public(node).await?;
+        let mut visitor = TcpStream::connect(addr).await.ok()?;
+        visitor.write_all(b"DOWN 100\n").await.ok()?;
+        (Pattern::read(None, &mut visitor).await == Ok(100)).then_some(addr)
+    })
+    .await
+}
+
+/// The public address of socket `raw`, where there is one.
+async fn public(node: &Node) -> Option<SocketAddr> {
+    let (status, record) = node.api("GET", "/v1/sockets/raw", None).await;
+    let port = record["ports"][0].as_u64().filter(|_| status == 200)?;
+    Some(SocketAddr::new(node.ip, u16::try_from(port).unwrap()))
+}
+
+/// What every client must do. `start` makes it forward `raw:25` to the origin.
+async fn serves(start: impl AsyncFnOnce(&Node, &Origin, &Path) -> (Command, Again)) {
+    let (node, origin) = (Node::with(adit()).await, Origin::raw().await);
+    let dir = tempfile::tempdir().unwrap();
+    let (mut command, again) = start(&node, &origin, dir.path()).await;
+    command.env("HOME", dir.path()).env_remove("SSH_AUTH_SOCK");
+    let mut program = Program::start("the client", command);
+    let addr = published(&node, &mut program).await;
+    moves(addr).await;
+    match again {
+        Again::No => return,
+        Again::Told => {
+            program.tell("again");
+            program.wait_for("registered", 2, DEADLINE).await;
+        }
+        Again::Commands(mut cancel, mut forward) => {
+            output(&mut cancel);
+            eventually("the forward's end", async || {
+                let mut visitor = TcpStream::connect(addr).await.ok()?;
+                visitor.write_all(b"DOWN 100\n").await.ok();
+                (Pattern::read(None, &mut visitor).await != Ok(100)).then_some(())
+            })
+            .await;
+            output(&mut forward);
+        }
+    }
+    let addr = published(&node, &mut program).await;
+    down(addr, MIB).await;
+    up(addr, MIB).await;
+    assert!(program.runs(), "the client ended:\n{}", program.output());
+}
+
+/// Eight streams each way at once, a half-close, and many short connections.
+async fn moves(addr: SocketAddr) {
+    let each = size(20 * MIB, 2 * MIB);
+    let mut all = JoinSet::new();
+    for i in 0..16 {
+        all.spawn(async move { if i % 2 == 0 { down(addr, each).await } else { up(addr, each).await } });
+    }
+    all.join_all().await;
+
+    let mut visitor = TcpStream::connect(addr).await.unwrap();
+    visitor.write_all(b"EOF\n").await.unwrap();
+    within(DEADLINE, "a half-close", async {
+        Pattern::write(100_000, &mut visitor).await.unwrap();
+        visitor.shutdown().await.unwrap();
+        let mut answer = String::new();
+        visitor.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, "exact 100000\n");
+    })
+    .await;
+
+    for _ in 0..size(1000, 100) {
+        down(addr, 100).await;
+    }
+}
+
+/// What the client programs take: host, port, key, and the forward.
+fn told(command: &mut Command, node: &Node, origin: &Origin) {
+    let addr = node.addr("ssh");
+    command.args([addr.ip().to_string(), addr.port().to_string()]).arg(&node.key.path);
+    command.args(["raw", "25", &origin.addr.port().to_string()]);
+}
+
+fn client(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/clients").join(file)
+}
+
+/// What tests/run installs below target.
+fn installed(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("target").join(file)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn openssh_serves_and_takes_its_forward_back() {
+    serves(async |node, origin, dir| {
+        let (addr, control) = (node.addr("ssh"), dir.join("control"));
+        let forward = format!("raw:25:{}", origin.target());
+        let ssh = || {
+            let mut command = Command::new("ssh");
+            command.args(["-F", "none", "-p", &addr.port().to_string(), "-l", "tester", "-S"]).arg(&control);
+            command
+        };
+        let mut command = ssh();
+        command.args(["-M", "-N", "-R", &forward, "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no"]);
+        command.args(["-o", "UserKnownHostsFile=/dev/null", "-o", "ExitOnForwardFailure=yes", "-i"]);
+        command.arg(&node.key.path).arg(addr.ip().to_string());
+        let [cancel, add] = ["cancel", "forward"].map(|what| {
+            let mut command = ssh();
+            command.args(["-O", what, "-R", &forward, &addr.ip().to_string()]);
+            command
+        });
+        (command, Again::Commands(cancel, add))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dropbear_serves() {
+    serves(async |node, origin, dir| {
+        let (key, addr) = (dir.join("key.dropbear"), node.addr("ssh"));
+        output(Command::new("dropbearconvert").args(["openssh", "dropbear"]).arg(&node.key.path).arg(&key));
+        let mut command = Command::new("dbclient");
+        command.args(["-y", "-y", "-N", "-T", "-l", "tester", "-p", &addr.port().to_string(), "-i"]).arg(key);
+        command.args(["-R", &format!("raw:25:{}", origin.target()), &addr.ip().to_string()]);
+        (command, Again::No)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn putty_serves() {
+    serves(async |node, origin, dir| {
+        let (key, addr) = (dir.join("key.ppk"), node.addr("ssh"));
+        output(Command::new("puttygen").arg(&node.key.path).args(["-O", "private", "-o"]).arg(&key));
+        let (ip, port) = (addr.ip().to_string(), addr.port().to_string());
+        let scanned = dir.join("host.pub");
+        let host = output(Command::new("ssh-keyscan").args(["-p", &port, "-t", "ed25519", &ip]));
+        std::fs::write(&scanned, host).unwrap();
+        let print = output(Command::new("ssh-keygen").arg("-lf").arg(scanned));
+        let print = print.split(' ').find(|word| word.starts_with("SHA256:")).unwrap().to_owned();
+        let mut command = Command::new("plink");
+        command.args(["-batch", "-ssh", "-N", "-P", &port, "-l", "tester", "-hostkey", &print, "-i"]).arg(key);
+        command.args(["-R", &format!("raw:25:{}", origin.target()), &ip]);
+        (command, Again::No)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paramiko_serves_and_takes_its_forward_back() {
+    serves(async |node, origin, _| {
+        // Debian's own: its modules are not seen by another on the PATH.
+        let mut command = Command::new("/usr/bin/python3");
+        told(command.arg(client("paramiko_client.py")), node, origin);
+        (command, Again::Told)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn asyncssh_serves_and_takes_its_forward_back() {
+    serves(async |node, origin, _| {
+        let mut command = Command::new(installed("venv/bin/python"));
+        told(command.arg(client("asyncssh_client.py")), node, origin);
+        (command, Again::Told)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn npm_ssh2_serves_and_takes_its_forward_back() {
+    serves(async |node, origin, _| {
+        let mut command = Command::new("node");
+        command.env("NODE_PATH", installed("npm/node_modules"));
+        told(command.arg(client("ssh2_client.js")), node, origin);
+        (command, Again::Told)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ssh_audit_finds_nothing_to_fail() {
+    let node = Node::with(adit()).await;
+    let addr = node.addr("ssh");
+    let mut command = Command::new(installed("venv/bin/ssh-audit"));
+    command.args(["--no-colors", "--skip-rate-test", "-p", &addr.port().to_string(), &addr.ip().to_string()]);
+    // It says by its exit status too what it found.
+    let said = command.output().unwrap_or_else(|e| panic!("{command:?}: {e} (tests/run installs it)")).stdout;
+    let said = String::from_utf8(said).unwrap();
+    assert!(said.contains("(kex) mlkem768x25519-sha256"), "{said}");
+    assert!(!said.contains("[fail]"), "{said}");
+    // A warning stands in its algorithm's line, or below it.
+    let mut algorithm = "";
+    for line in said.lines() {
+        if line.starts_with('(') {
+            algorithm = line;
+        }
+        if line.contains("[warn]") {
+            assert!(algorithm.contains("(kex) curve25519"), "{line}\n{said}");
+            assert!(line.contains("post-quantum"), "{line}\n{said}");
+        }
+    }
 }
 
 /// Runs a command that must succeed, for its output.
