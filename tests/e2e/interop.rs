@@ -185,15 +185,8 @@ async fn serves(start: impl AsyncFnOnce(&Node, &Origin, &Path) -> (Command, Agai
     assert!(program.runs(), "the client ended:\n{}", program.output());
 }
 
-/// Eight streams each way at once, a half-close, and many short connections.
-async fn moves(addr: SocketAddr) {
-    let each = size(20 * MIB, 2 * MIB);
-    let mut all = JoinSet::new();
-    for i in 0..16 {
-        all.spawn(async move { if i % 2 == 0 { down(addr, each).await } else { up(addr, each).await } });
-    }
-    all.join_all().await;
-
+/// A visitor who ends its side and gets the answer all the same.
+async fn half_close(addr: SocketAddr) {
     let mut visitor = TcpStream::connect(addr).await.unwrap();
     visitor.write_all(b"EOF\n").await.unwrap();
     within(DEADLINE, "a half-close", async {
@@ -204,6 +197,18 @@ async fn moves(addr: SocketAddr) {
         assert_eq!(answer, "exact 100000\n");
     })
     .await;
+}
+
+/// Eight streams each way at once, a half-close, and many short connections.
+async fn moves(addr: SocketAddr) {
+    let each = size(20 * MIB, 2 * MIB);
+    let mut all = JoinSet::new();
+    for i in 0..16 {
+        all.spawn(async move { if i % 2 == 0 { down(addr, each).await } else { up(addr, each).await } });
+    }
+    all.join_all().await;
+
+    half_close(addr).await;
 
     for _ in 0..size(1000, 100) {
         down(addr, 100).await;
@@ -312,6 +317,87 @@ async fn npm_ssh2_serves_and_takes_its_forward_back() {
         (command, Again::Told)
     })
     .await;
+}
+
+/// A client in C that serves one visitor after another.
+async fn c_serves(library: &str) {
+    let (node, origin) = (Node::with(adit()).await, Origin::raw().await);
+    let dir = tempfile::tempdir().unwrap();
+    let built = dir.path().join("client");
+    let source = client(&format!("{library}_client.c"));
+    output(Command::new("cc").args(["-Wall", "-O1", "-o"]).arg(&built).arg(source).arg(format!("-l{}", &library[3..])));
+    // Both read PEM; libssh2 knows OpenSSH's own format for RSA alone.
+    let key = Key { path: dir.path().join("key") };
+    let mut keygen = Command::new("ssh-keygen");
+    output(keygen.args(["-q", "-t", "ecdsa", "-b", "256", "-m", "PEM", "-N", "", "-f"]).arg(&key.path));
+    let addr = node.addr("ssh");
+    let mut command = Command::new(built);
+    command.args([addr.ip().to_string(), addr.port().to_string()]).arg(&key.path);
+    command.args(["raw", "25", &origin.addr.port().to_string()]).env("HOME", dir.path()).env_remove("SSH_AUTH_SOCK");
+    let mut program = Program::start(library, command);
+    let addr = published(&node, &mut program).await;
+    down(addr, 20 * MIB).await;
+    up(addr, 20 * MIB).await;
+    half_close(addr).await;
+    assert!(program.runs(), "the client ended:\n{}", program.output());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn libssh_serves() {
+    c_serves("libssh").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn libssh2_serves() {
+    c_serves("libssh2").await;
+}
+
+/// The russh client, which serves each visitor from the origin.
+struct Russh(SocketAddr);
+
+impl russh::client::Handler for Russh {
+    type Error = russh::Error;
+
+    async fn check_server_key(&mut self, _: &russh::keys::PublicKeyOrCertificate) -> Result<bool, Self::Error> {
+        Ok(true)
+    }
+
+    async fn server_channel_open_forwarded_tcpip(
+        &mut self,
+        channel: russh::Channel<russh::client::Msg>,
+        _: &str,
+        _: u32,
+        _: &str,
+        _: u32,
+        reply: russh::client::ChannelOpenHandle,
+        _: &mut russh::client::Session,
+    ) -> Result<(), Self::Error> {
+        reply.accept().await;
+        let origin = self.0;
+        tokio::spawn(async move {
+            let mut origin = TcpStream::connect(origin).await.unwrap();
+            let _ = tokio::io::copy_bidirectional(&mut channel.into_stream(), &mut origin).await;
+        });
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn russh_serves_with_the_post_quantum_key_exchange_and_takes_its_forward_back() {
+    let (node, origin) = (Node::with(adit()).await, Origin::raw().await);
+    let mut config = russh::client::Config::default();
+    config.preferred.kex = vec![russh::kex::MLKEM768X25519_SHA256].into();
+    let mut session = russh::client::connect(config.into(), node.addr("ssh"), Russh(origin.addr)).await.unwrap();
+    let key = russh::keys::load_secret_key(&node.key.path, None).unwrap();
+    let key = russh::keys::PrivateKeyWithHashAlg::new(key.into(), None);
+    assert!(session.authenticate_publickey("tester", key).await.unwrap().success());
+    session.tcpip_forward("raw", 25).await.unwrap();
+    moves(public(&node).await.unwrap()).await;
+    session.cancel_tcpip_forward("raw", 25).await.unwrap();
+    session.tcpip_forward("raw", 25).await.unwrap();
+    let addr = public(&node).await.unwrap();
+    down(addr, MIB).await;
+    up(addr, MIB).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
