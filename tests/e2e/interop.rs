@@ -131,7 +131,7 @@ enum Again {
     /// A line on its standard input.
     Told,
     /// By these two commands.
-    Commands(Command, Command),
+    Commands(Box<[Command; 2]>),
 }
 
 /// Where the client's forward is published; returns when it serves.
@@ -168,15 +168,16 @@ async fn serves(start: impl AsyncFnOnce(&Node, &Origin, &Path) -> (Command, Agai
             program.tell("again");
             program.wait_for("registered", 2, DEADLINE).await;
         }
-        Again::Commands(mut cancel, mut forward) => {
-            output(&mut cancel);
+        Again::Commands(mut commands) => {
+            let [cancel, forward] = &mut *commands;
+            output(cancel);
             eventually("the forward's end", async || {
                 let mut visitor = TcpStream::connect(addr).await.ok()?;
                 visitor.write_all(b"DOWN 100\n").await.ok();
                 (Pattern::read(None, &mut visitor).await != Ok(100)).then_some(())
             })
             .await;
-            output(&mut forward);
+            output(forward);
         }
     }
     let addr = published(&node, &mut program).await;
@@ -245,12 +246,12 @@ async fn openssh_serves_and_takes_its_forward_back() {
         command.args(["-M", "-N", "-R", &forward, "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no"]);
         command.args(["-o", "UserKnownHostsFile=/dev/null", "-o", "ExitOnForwardFailure=yes", "-i"]);
         command.arg(&node.key.path).arg(addr.ip().to_string());
-        let [cancel, add] = ["cancel", "forward"].map(|what| {
+        let commands = ["cancel", "forward"].map(|what| {
             let mut command = ssh();
             command.args(["-O", what, "-R", &forward, &addr.ip().to_string()]);
             command
         });
-        (command, Again::Commands(cancel, add))
+        (command, Again::Commands(Box::new(commands)))
     })
     .await;
 }
