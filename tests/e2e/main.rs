@@ -12,6 +12,7 @@ mod cli;
 mod clients;
 mod faults;
 mod harness_itself;
+mod interop;
 mod limits;
 mod network;
 mod operator;

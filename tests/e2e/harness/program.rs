@@ -1,6 +1,6 @@
 //! A child process whose output is kept and can be waited for.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -59,6 +59,12 @@ impl Program {
             Ok(false) => panic!("{} ended without saying {needle:?}:\n{}", self.name, self.output()),
             Err(_) => panic!("{} did not say {needle:?} within {limit:?}:\n{}", self.name, self.output()),
         }
+    }
+
+    /// Writes a line to its standard input.
+    pub fn tell(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut().unwrap();
+        input.write_all(format!("{line}\n").as_bytes()).and_then(|()| input.flush()).unwrap();
     }
 
     /// Its process id.
