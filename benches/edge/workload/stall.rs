@@ -26,7 +26,8 @@ const RUN_UP: Duration = Duration::from_secs(1);
 
 /// What each kind keeps during the stop; the same for each CPU second that the
 /// machine's other work left; its worst second.
-const NAMES: [[&str; 3]; 3] = [
+const NAMES: [[&str; 3]; 4] = [
+    ["bytes kept", "bytes kept per CPU left", "bytes' worst second"],
     ["downloads kept", "downloads kept per CPU left", "downloads' worst second"],
     ["uploads kept", "uploads kept per CPU left", "uploads' worst second"],
     ["echoes kept", "echoes kept per CPU left", "echoes' worst second"],
@@ -160,7 +161,8 @@ impl Busy {
         for _ in 0..seconds {
             tokio::time::sleep(Duration::from_secs(1)).await;
             let (now, time) = (read(), since.elapsed().as_secs_f64());
-            phase.each.push([0, 1, 2].map(|kind| (now[kind] - last[kind]) as f64 / time));
+            let [down, up, echo] = [0, 1, 2].map(|kind| (now[kind] - last[kind]) as f64 / time);
+            phase.each.push([down + up, down, up, echo]);
             phase.rss = phase.rss.max(server.memory().rss as f64);
             (last, since) = (now, Instant::now());
         }
@@ -176,9 +178,9 @@ impl Busy {
     }
 }
 
-/// What happened in each second, by kind; the most memory; the CPUs left by others.
+/// What happened in each second, in the order of `NAMES`; the most memory; the CPUs left by others.
 struct Phase {
-    each: Vec<[f64; 3]>,
+    each: Vec<[f64; 4]>,
     rss: f64,
     left: f64,
 }
@@ -203,9 +205,9 @@ impl Phase {
             _ => ["downloads after", "uploads after", "echoes after"],
         };
         [
-            told(down, "MB/s", self.mean(0) / 1e6),
-            told(up, "MB/s", self.mean(1) / 1e6),
-            told(echo, "trips/s", self.mean(2)),
+            told(down, "MB/s", self.mean(1) / 1e6),
+            told(up, "MB/s", self.mean(2) / 1e6),
+            told(echo, "trips/s", self.mean(3)),
         ]
     }
 }
