@@ -255,6 +255,10 @@ impl Core {
     }
 
     fn kexinit(&mut self, payload: &[u8], seq: u32) -> Result<(), Fatal> {
+        // Who has not logged in gets one exchange: it is the dearest thing to ask for.
+        if !self.session_id.is_empty() && !self.login.is_done() {
+            return Err(Fatal::PROTOCOL);
+        }
         let listed = Listed::read(payload)?;
         let (ours, offer) = match std::mem::replace(&mut self.kex, KexState::Idle) {
             KexState::Idle => self.ask(Some(&listed))?,

@@ -286,3 +286,14 @@ fn failed_logins_are_answered_late_and_are_few() {
     let mut late = Core::new(config(), start);
     assert_eq!(late.timeout(start + Duration::from_secs(20)), Err(Fatal::LOGIN_DEADLINE));
 }
+
+#[test]
+fn nobody_has_keys_exchanged_twice_before_the_login() {
+    let start = Instant::now();
+    let mut core = Core::in_the_clear(config(), start);
+    core.login = super::auth::Login::default();
+    let mut peer = Peer { core, owner: Anybody::default(), start };
+    assert_eq!(peer.says(|out| out.put_u8(msg::KEXINIT)), Err(Fatal::PROTOCOL));
+    // Who has logged in is heard: this one is only cut short.
+    assert_eq!(Peer::new().says(|out| out.put_u8(msg::KEXINIT)), Err(Fatal::MALFORMED));
+}
