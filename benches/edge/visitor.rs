@@ -47,8 +47,29 @@ pub async fn connect(addr: SocketAddr) -> Outcome<TcpStream> {
     Ok(tcp)
 }
 
+/// How fast a transfer goes.
+#[derive(Debug, Clone, Copy)]
+pub enum Pace {
+    /// As fast as it can.
+    Full,
+    /// Bytes a second, in steps of a millisecond.
+    Of(u64),
+}
+
+impl Pace {
+    async fn keep(self, begun: Instant, done: u64) {
+        if let Self::Of(rate) = self {
+            let due = begun + Duration::from_secs_f64(done as f64 / rate as f64);
+            if due > Instant::now() {
+                tokio::time::sleep_until(due.into()).await;
+            }
+        }
+    }
+}
+
 /// Downloads until then; returns how much, all of it come and the end seen.
-pub async fn download(addr: SocketAddr, until: Instant, tally: Tally) -> Outcome<u64> {
+pub async fn download(addr: SocketAddr, until: Instant, pace: Pace, tally: Tally) -> Outcome<u64> {
+    let begun = Instant::now();
     let mut tcp = connect(addr).await?;
     let mut came = Pattern::default();
     let mut ordered = 0;
@@ -65,6 +86,9 @@ pub async fn download(addr: SocketAddr, until: Instant, tally: Tally) -> Outcome
         let n = some(&mut tcp, &mut buffer).await?;
         came.check(&buffer[..n])?;
         tally.add(n as u64);
+        if Instant::now() < until {
+            pace.keep(begun, came.len()).await;
+        }
     }
     tcp.shutdown().await?;
     end(&mut tcp).await?;
@@ -72,7 +96,8 @@ pub async fn download(addr: SocketAddr, until: Instant, tally: Tally) -> Outcome
 }
 
 /// Uploads until then; returns how much, all of it confirmed by the origin.
-pub async fn upload(addr: SocketAddr, until: Instant, tally: Tally) -> Outcome<u64> {
+pub async fn upload(addr: SocketAddr, until: Instant, pace: Pace, tally: Tally) -> Outcome<u64> {
+    let begun = Instant::now();
     let mut tcp = connect(addr).await?;
     tcp.write_all(&Order::Check.bytes()).await?;
     let mut sent = Pattern::default();
@@ -81,6 +106,7 @@ pub async fn upload(addr: SocketAddr, until: Instant, tally: Tally) -> Outcome<u
         let n = within(PATIENCE, "a write", write).await?;
         sent.advance(n);
         tally.add(n as u64);
+        pace.keep(begun, sent.len()).await;
     }
     tcp.shutdown().await?;
     let answer = async { Ok((tcp.read_u64().await?, tcp.read_u8().await?)) };

@@ -16,7 +16,7 @@ use crate::origin::Order;
 use crate::pattern::Pattern;
 use crate::system::{Server, Tunnel};
 use crate::usage::Share;
-use crate::visitor::{self, Tally};
+use crate::visitor::{self, Pace, Tally};
 use crate::{Bench, Outcome, within};
 
 /// Of each kind.
@@ -146,8 +146,8 @@ impl Busy {
         let mut visits = JoinSet::new();
         for _ in 0..TEN {
             let [down, up, echo] = tallies.clone();
-            visits.spawn(async move { visitor::download(addr, until, down).await.map(drop) });
-            visits.spawn(async move { visitor::upload(addr, until, up).await.map(drop) });
+            visits.spawn(async move { visitor::download(addr, until, Pace::Full, down).await.map(drop) });
+            visits.spawn(async move { visitor::upload(addr, until, Pace::Full, up).await.map(drop) });
             visits.spawn(async move { visitor::echo(addr, until, echo).await.map(drop) });
         }
         Self { tallies, visits }

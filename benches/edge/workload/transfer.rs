@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::{Sample, cost, quantile, told};
 use crate::system::Server;
-use crate::visitor::{self, Tally};
+use crate::visitor::{self, Pace, Tally};
 use crate::{Bench, Outcome};
 
 /// What all of them did, and what it took.
@@ -18,12 +18,16 @@ struct Done<T> {
 }
 
 pub async fn downloads(bench: &Bench, server: &Server, streams: usize) -> Outcome<Sample> {
-    let done = together(bench, server, streams, |addr, until| visitor::download(addr, until, Tally::default())).await?;
+    let done =
+        together(bench, server, streams, |addr, until| visitor::download(addr, until, Pace::Full, Tally::default()))
+            .await?;
     bulk(&done)
 }
 
 pub async fn uploads(bench: &Bench, server: &Server, streams: usize) -> Outcome<Sample> {
-    let done = together(bench, server, streams, |addr, until| visitor::upload(addr, until, Tally::default())).await?;
+    let done =
+        together(bench, server, streams, |addr, until| visitor::upload(addr, until, Pace::Full, Tally::default()))
+            .await?;
     bulk(&done)
 }
 
