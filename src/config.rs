@@ -450,7 +450,7 @@ mod tests {
 
     #[test]
     fn a_zero_that_nothing_could_work_with_is_a_mistake() {
-        for line in ["keepalive = \"0s\"", "stall_floor = \"0KiB\"", "stall_deadline = \"0s\"", "sessions = 0"] {
+        for line in ["keepalive = \"0s\"", "rekey_after = \"0s\"", "sessions = 0"] {
             let mistakes = Config::from_toml(&format!("[ssh]\n{line}\n")).expect_err(line);
             assert!(line.starts_with(mistakes[0].at.trim_start_matches("ssh.")), "{line}: {mistakes:?}");
         }

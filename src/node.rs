@@ -30,7 +30,7 @@ use crate::routes::Routes;
 use crate::secret_file;
 use crate::tls::Certificates;
 use crate::tls::dev::DevTls;
-use crate::tunnel::{self, Mode, Tunnels, Urls};
+use crate::tunnel::{self, HostKeyType, Mode, Tunnels, Urls};
 
 /// The store is read and the route table filled within this.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -130,7 +130,11 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let (stages, owner_tasks) = (Stages::default(), TaskTracker::new());
     let urls = urls(&config, &bound);
     let host_key = config.ssh.host_key.clone().unwrap_or_else(|| state.file("ssh_host_ed25519_key"));
-    let host_key = tunnel::host_key(&host_key).map_err(Failure::Start)?;
+    let mut host_keys = vec![tunnel::host_key(&host_key, HostKeyType::Ed25519).map_err(Failure::Start)?];
+    if config.ssh.ecdsa_host_key {
+        let file = state.file("ssh_host_ecdsa_key");
+        host_keys.push(tunnel::host_key(&file, HostKeyType::Ecdsa).map_err(Failure::Start)?);
+    }
     let ports = Arc::new(Ports::default());
     let parts = tunnel::Parts {
         routes: Arc::clone(&routes),
@@ -147,7 +151,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         exempt_loopback: config.node.exempt_loopback,
     };
     let tunnels = Tunnels::new(config.ssh.clone(), parts);
-    let owners = Arc::new(tunnel::Server::new(Arc::clone(&tunnels), &host_key).map_err(Failure::Start)?);
+    let owners = Arc::new(tunnel::Server::new(Arc::clone(&tunnels), &host_keys).map_err(Failure::Start)?);
 
     // Visitors and their path.
     let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));
@@ -261,7 +265,7 @@ async fn drain(
         // One that is stuck must not keep the next ones waiting.
         owner_tasks.spawn(async move {
             session.console.say("this node is shutting down; your client may connect again".to_owned());
-            session.disconnect("this node is shutting down").await;
+            session.disconnect("this node is shutting down");
         });
         stages.wait(each, hurry).await;
     }

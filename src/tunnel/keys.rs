@@ -4,8 +4,8 @@
 use std::net::IpAddr;
 use std::time::SystemTime;
 
-use russh::keys::ssh_key::certificate::{CertType, Certificate};
-use russh::keys::ssh_key::{HashAlg, PublicKey};
+use ssh_key::certificate::{CertType, Certificate};
+use ssh_key::{HashAlg, PublicKey};
 
 use crate::model::{AuthorizedKey, Tunnel};
 

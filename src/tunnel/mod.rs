@@ -1,7 +1,6 @@
 //! The door to SSH: live tunnels, and `candidates` -> `open` -> `Stream`.
 //! What logs in, what it registers and how its bytes are pumped stays behind it.
 
-mod channel;
 mod console;
 pub mod keys;
 pub mod naming;
@@ -23,9 +22,8 @@ use dashmap::DashMap;
 use parking_lot::Mutex;
 use tokio_util::task::TaskTracker;
 
-use self::channel::ChannelSettings;
 pub use self::register::Urls;
-pub use self::server::{Server, host_key};
+pub use self::server::{HostKeyType, Server, host_key};
 pub use self::session::{Bind, Session};
 use crate::error::Error;
 use crate::feed::Feed;
@@ -60,38 +58,17 @@ impl std::str::FromStr for Mode {
 }
 text_field!(Mode, "\"open\" or \"closed\"");
 
-/// What speaks SSH.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EngineKind {
-    /// The library.
-    Russh,
-    /// Our own.
-    Adit,
-}
-
-impl std::str::FromStr for EngineKind {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "russh" => Ok(Self::Russh),
-            "adit" => Ok(Self::Adit),
-            _ => Err("is not an engine"),
-        }
-    }
-}
-text_field!(EngineKind, "\"russh\" or \"adit\"");
-
 /// The knobs of `[ssh]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SshSettings {
     /// Where owners log in.
     pub listen: Vec<SocketAddr>,
-    /// What speaks SSH.
-    pub engine: EngineKind,
     /// Who may register what.
     pub mode: Mode,
     /// The host key file; made if absent. Default: `ssh_host_ed25519_key` in the state folder.
     pub host_key: Option<PathBuf>,
+    /// Have an ECDSA host key too, `ssh_host_ecdsa_key` in the state folder.
+    pub ecdsa_host_key: bool,
     /// CAs whose user certificates may serve any tunnel that names their principal.
     pub cert_authorities: Vec<AuthorizedKey>,
     /// Accept RSA signatures over SHA-1, which only clients of 2021 and before need.
@@ -126,7 +103,8 @@ pub struct SshSettings {
     pub window: usize,
     /// What a channel's window may grow to.
     pub window_max: usize,
-    /// Bytes that all channels of all sessions may have outstanding.
+    /// Bytes that all channels of all sessions may have outstanding: promised to
+    /// peers or waiting for visitors.
     pub node_buffer: usize,
     /// New keys after so many bytes.
     pub rekey_bytes: usize,
@@ -134,25 +112,17 @@ pub struct SshSettings {
     pub rekey_after: Duration,
     /// Offer key exchange over NIST's P-256.
     pub nist_curves: bool,
-    /// Bytes that may wait for one visitor.
-    pub channel_buffer: usize,
-    /// Bytes that may wait for all visitors of one session.
+    /// The same for all channels of one session.
     pub tunnel_buffer: usize,
-    /// How long a visitor who does not read may hold up its tunnel.
-    pub stall_deadline: Duration,
-    /// Bytes a visitor must take in each `stall_deadline` while it holds up its tunnel.
-    pub stall_floor: usize,
-    /// Broken-off visits of one session that are closed at once.
-    pub broken_off_per_session: usize,
 }
 
 impl Default for SshSettings {
     fn default() -> Self {
         Self {
             listen: vec![SocketAddr::from(([0u16; 8], 2222))],
-            engine: EngineKind::Russh,
             mode: Mode::Closed,
             host_key: None,
+            ecdsa_host_key: false,
             cert_authorities: Vec::new(),
             allow_sha1_rsa: false,
             login_deadline: Duration::from_secs(20),
@@ -174,11 +144,7 @@ impl Default for SshSettings {
             rekey_bytes: 1 << 30,
             rekey_after: Duration::from_secs(3600),
             nist_curves: false,
-            channel_buffer: 2 << 20,
             tunnel_buffer: 64 << 20,
-            stall_deadline: Duration::from_secs(10),
-            stall_floor: 64 << 10,
-            broken_off_per_session: 20_000,
         }
     }
 }
@@ -188,9 +154,8 @@ impl SshSettings {
     pub fn read(f: &mut Fields) -> Self {
         let d = Self::default();
         let mut size = |key: &str, default: usize| f.take(key, Bytes(default)).0;
-        let (window, channel_buffer) = (size("window", d.window), size("channel_buffer", d.channel_buffer));
-        let (tunnel_buffer, stall_floor) = (size("tunnel_buffer", d.tunnel_buffer), size("stall_floor", d.stall_floor));
-        let (window_max, node_buffer) = (size("window_max", d.window_max), size("node_buffer", d.node_buffer));
+        let (window, window_max) = (size("window", d.window), size("window_max", d.window_max));
+        let (tunnel_buffer, node_buffer) = (size("tunnel_buffer", d.tunnel_buffer), size("node_buffer", d.node_buffer));
         let rekey_bytes = size("rekey_bytes", d.rekey_bytes);
         for (key, bytes) in [("window", window), ("window_max", window_max)] {
             if !(32 << 10..=64 << 20).contains(&bytes) {
@@ -202,9 +167,9 @@ impl SshSettings {
         }
         let settings = Self {
             listen: f.take("listen", d.listen),
-            engine: f.take("engine", d.engine),
             mode: f.take("mode", d.mode),
             host_key: f.optional("host_key"),
+            ecdsa_host_key: f.take("ecdsa_host_key", d.ecdsa_host_key),
             cert_authorities: f.take("cert_authorities", d.cert_authorities),
             allow_sha1_rsa: f.take("allow_sha1_rsa", d.allow_sha1_rsa),
             login_deadline: f.take("login_deadline", d.login_deadline),
@@ -226,11 +191,7 @@ impl SshSettings {
             rekey_bytes,
             rekey_after: f.take("rekey_after", d.rekey_after),
             nist_curves: f.take("nist_curves", d.nist_curves),
-            channel_buffer,
             tunnel_buffer,
-            stall_deadline: f.take("stall_deadline", d.stall_deadline),
-            stall_floor,
-            broken_off_per_session: f.take("broken_off_per_session", d.broken_off_per_session),
         };
         // A zero would refuse everybody, ask without a pause, or never end a stall.
         let s = &settings;
@@ -240,8 +201,6 @@ impl SshSettings {
             ("rekey_after", s.rekey_after.is_zero()),
             ("keepalive", s.keepalive.is_zero()),
             ("keepalive_deadline", s.keepalive_deadline.is_zero()),
-            ("stall_deadline", s.stall_deadline.is_zero()),
-            ("stall_floor", s.stall_floor == 0),
             ("auth_attempts", s.auth_attempts == 0),
             ("sessions", s.sessions == 0),
             ("sessions_per_address", s.sessions_per_address == 0),
@@ -310,7 +269,6 @@ pub struct Parts {
 /// All live tunnels of this node.
 pub struct Tunnels {
     settings: SshSettings,
-    channel_settings: Arc<ChannelSettings>,
     live: DashMap<TunnelId, Vec<Arc<Attachment>>>,
     sessions: DashMap<u64, Arc<Session>>,
     next_id: AtomicU64,
@@ -330,17 +288,9 @@ pub struct Tunnels {
 impl Tunnels {
     /// No session yet.
     pub fn new(settings: SshSettings, parts: Parts) -> Arc<Self> {
-        let channel_settings = ChannelSettings {
-            channel_buffer: settings.channel_buffer,
-            tunnel_buffer: settings.tunnel_buffer,
-            stall_deadline: settings.stall_deadline,
-            stall_floor: settings.stall_floor,
-            broken_off_per_session: settings.broken_off_per_session,
-        };
         Arc::new(Self {
             per_address: PerAddress::new(settings.sessions_per_address, parts.exempt_loopback),
             unauthenticated: PerAddress::new(settings.unauthenticated_per_address, parts.exempt_loopback),
-            channel_settings: Arc::new(channel_settings),
             settings,
             live: DashMap::new(),
             sessions: DashMap::new(),

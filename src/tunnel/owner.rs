@@ -1,84 +1,32 @@
-//! An owner's SSH connection on our own engine: limits at the door, who may log
-//! in, and each forward and console handed to the module that decides.
+//! What the engine asks of one session: who may log in, and each forward and
+//! console handed to the module that decides.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use russh::keys::ssh_key::HashAlg;
+use ssh_key::HashAlg;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::keys::{self, Login};
-use super::server::{Gone, TERMINALS, refuse};
-use super::session::Engine;
 use super::{Bind, Mode, Session, Tunnels, naming};
 use crate::limits::{AddressPermit, Permit};
 use crate::metrics::Present;
-use crate::ssh::{
-    Asked, Attempt, ChannelStream, Config, Driver, Ended, Fatal, Link, Method, Owner as Decides, RequestId, Verdict,
-};
+use crate::ssh::{Asked, Attempt, ChannelStream, Method, Owner as Decides, RequestId, Verdict};
 
 /// Forwards of one session that wait to be registered.
 const FORWARDS_WAITING: usize = 256;
 
-/// Serves one connection until it ends. `head` is what was read already.
-pub(super) async fn serve(
-    tunnels: &Arc<Tunnels>,
-    config: &Arc<Config>,
-    tcp: TcpStream,
-    head: bytes::Bytes,
-    peer: SocketAddr,
-) {
-    let Some(_node) = Permit::take(&tunnels.session_count, tunnels.settings.sessions) else {
-        return refuse(peer, "sessions");
-    };
-    let Some(_share) = tunnels.per_address.admit(peer.ip()) else { return refuse(peer, "sessions_per_address") };
-    let Some(unauthenticated) = tunnels.unauthenticated.admit(peer.ip()) else {
-        return refuse(peer, "unauthenticated_per_address");
-    };
-    let _ = tcp.set_nodelay(true);
-    let id = tunnels.next_id.fetch_add(1, Ordering::Relaxed);
-    let session = Arc::new(Session::new(id, peer, None));
-    let _gone = Gone { tunnels: Arc::clone(tunnels), session: Arc::clone(&session) };
-    let link = Link::new(Arc::clone(config));
-    let _ = session.engine.set(Engine::Own(Arc::clone(&link)));
-    let (register, forwards) = mpsc::channel(FORWARDS_WAITING);
-    let owner = Owner {
-        tunnels: Arc::clone(tunnels),
-        session,
-        link: Arc::clone(&link),
-        pending: None,
-        unauthenticated: Some(unauthenticated),
-        present: None,
-        register,
-        forwards: Some(forwards),
-        consoles: HashMap::new(),
-    };
-    let (ended, client) = Driver::new(link, tcp, &head, Box::new(owner)).await;
-    match ended {
-        Ended::Fault(fatal) => {
-            if fatal == Fatal::SILENT {
-                metrics::counter!("adit_sessions_dead_total").increment(1);
-            } else if fatal == Fatal::LOGIN_DEADLINE {
-                metrics::counter!("adit_ssh_login_timeouts_total").increment(1);
-            }
-            metrics::counter!("adit_ssh_faults_total", "fault" => fatal.label).increment(1);
-            tracing::info!(session = id, %peer, client, fault = fatal.label, "session ended: {}", fatal.text);
-        }
-        Ended::Peer | Ended::Us => tracing::info!(session = id, %peer, client, "session ended"),
-    }
-}
+/// Consoles of one session.
+const TERMINALS: usize = 4;
 
 /// What decides for one session.
-struct Owner {
+pub(super) struct Owner {
     tunnels: Arc<Tunnels>,
     session: Arc<Session>,
-    link: Arc<Link>,
     /// The login that is accepted once the engine says so.
     pending: Option<(String, Login)>,
     unauthenticated: Option<AddressPermit>,
@@ -90,6 +38,20 @@ struct Owner {
 }
 
 impl Owner {
+    pub(super) fn new(tunnels: Arc<Tunnels>, session: Arc<Session>, unauthenticated: AddressPermit) -> Self {
+        let (register, forwards) = mpsc::channel(FORWARDS_WAITING);
+        Self {
+            tunnels,
+            session,
+            pending: None,
+            unauthenticated: Some(unauthenticated),
+            present: None,
+            register,
+            forwards: Some(forwards),
+            consoles: HashMap::new(),
+        }
+    }
+
     fn rejected(&self, user: &str, why: &str) -> Verdict {
         self.session.log_refusal(user, why);
         Verdict::Reject
@@ -168,9 +130,7 @@ impl Decides for Owner {
     fn forward(&mut self, request: RequestId, asked: Asked) {
         // One after another: the n-th unnamed forward has the n-th name.
         if let Some(forwards) = self.forwards.take() {
-            let (tunnels, session, link) = (&self.tunnels, &self.session, &self.link);
-            let registrar = register(Arc::clone(tunnels), Arc::clone(session), Arc::clone(link), forwards);
-            self.tunnels.tasks.spawn(registrar);
+            self.tunnels.tasks.spawn(register(Arc::clone(&self.tunnels), Arc::clone(&self.session), forwards));
         }
         // As many may wait as the engine lets be asked at once.
         let _ = self.register.try_send((request, asked));
@@ -189,10 +149,10 @@ impl Decides for Owner {
         let interrupted = CancellationToken::new();
         self.consoles.retain(|_, shown| !shown.is_cancelled());
         self.consoles.insert(channel, interrupted.clone());
-        let (session, link) = (Arc::clone(&self.session), Arc::clone(&self.link));
+        let session = Arc::clone(&self.session);
         self.tunnels.tasks.spawn(async move {
             let done = interrupted.clone().drop_guard();
-            session.show_console(link.console(channel), pty, &interrupted).await;
+            session.show_console(session.link.console(channel), pty, &interrupted).await;
             drop((done, place));
         });
         true
@@ -206,12 +166,7 @@ impl Decides for Owner {
 }
 
 /// Registers what is asked for, in order, until the session ends.
-async fn register(
-    tunnels: Arc<Tunnels>,
-    session: Arc<Session>,
-    link: Arc<Link>,
-    mut forwards: mpsc::Receiver<(RequestId, Asked)>,
-) {
+async fn register(tunnels: Arc<Tunnels>, session: Arc<Session>, mut forwards: mpsc::Receiver<(RequestId, Asked)>) {
     while let Some((request, asked)) = forwards.recv().await {
         let granted = match &asked {
             Asked::Tcp(address, port) => {
@@ -233,7 +188,7 @@ async fn register(
                 None
             }
         };
-        link.reply(request, answer);
+        session.link.reply(request, answer);
     }
 }
 
@@ -273,7 +228,7 @@ impl Session {
         if leave {
             // The client leaves by itself when its shell has closed; be sure of it.
             let _ = tokio::time::timeout(std::time::Duration::from_secs(1), self.ended.cancelled()).await;
-            self.disconnect("bye").await;
+            self.disconnect("bye");
         }
     }
 }

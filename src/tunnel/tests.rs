@@ -57,7 +57,7 @@ impl Door {
         };
         let tunnels = Tunnels::new(settings, parts);
         let pair = ssh_key::private::Ed25519Keypair::from_seed(&[1; 32]);
-        let server = Arc::new(Server::new(Arc::clone(&tunnels), &PrivateKey::from(pair)).unwrap());
+        let server = Arc::new(Server::new(Arc::clone(&tunnels), &[PrivateKey::from(pair)]).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         tokio::spawn(async move {

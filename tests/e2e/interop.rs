@@ -1,4 +1,4 @@
-//! The adit engine against what real clients speak: OpenSSH forced to each
+//! The SSH engine against what real clients speak: OpenSSH forced to each
 //! algorithm, other clients, and ssh-audit's opinion.
 
 use std::net::SocketAddr;
@@ -16,10 +16,6 @@ use crate::harness::*;
 const MIB: u64 = 1 << 20;
 /// Long enough for a debug build and slow clients on two shared cores.
 const TRANSFER: Duration = Duration::from_secs(120);
-
-fn adit() -> NodeOpts {
-    NodeOpts::default().set("ssh", "engine = \"adit\"")
-}
 
 async fn down(addr: SocketAddr, n: u64) {
     let mut visitor = TcpStream::connect(addr).await.unwrap();
@@ -60,7 +56,7 @@ async fn openssh_moves(node: &Node, origin: &Origin, key: Option<&Key>, options:
 
 #[tokio::test(flavor = "multi_thread")]
 async fn openssh_speaks_each_key_exchange() {
-    let (node, origin) = (Node::with(adit().set("ssh", "nist_curves = true")).await, Origin::raw().await);
+    let (node, origin) = (Node::with(NodeOpts::default().set("ssh", "nist_curves = true")).await, Origin::raw().await);
     for kex in ["curve25519-sha256", "curve25519-sha256@libssh.org", "ecdh-sha2-nistp256"] {
         let says = format!("kex: algorithm: {kex}");
         openssh_moves(&node, &origin, None, &[&format!("KexAlgorithms={kex}")], &[&says]).await;
@@ -69,7 +65,7 @@ async fn openssh_speaks_each_key_exchange() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn openssh_speaks_each_cipher_and_mac() {
-    let (node, origin) = (Node::with(adit()).await, Origin::raw().await);
+    let (node, origin) = (Node::start().await, Origin::raw().await);
     for cipher in ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com"] {
         let says = format!("cipher: {cipher} MAC: <implicit>");
         openssh_moves(&node, &origin, None, &[&format!("Ciphers={cipher}")], &[&says]).await;
@@ -87,7 +83,7 @@ async fn openssh_speaks_each_cipher_and_mac() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn openssh_logs_in_with_each_kind_of_key() {
-    let (node, origin) = (Node::with(adit()).await, Origin::raw().await);
+    let (node, origin) = (Node::start().await, Origin::raw().await);
     let dir = tempfile::tempdir().unwrap();
     let ecdsa = |bits: &str| {
         let path = dir.path().join(format!("ecdsa-{bits}"));
@@ -109,7 +105,7 @@ async fn openssh_logs_in_with_each_kind_of_key() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn openssh_logs_in_with_a_certificate() {
-    let (node, origin) = (Node::with(adit().set("ssh", "mode = \"closed\"")).await, Origin::raw().await);
+    let (node, origin) = (Node::with(NodeOpts::default().set("ssh", "mode = \"closed\"")).await, Origin::raw().await);
     let dir = tempfile::tempdir().unwrap();
     let (ca, key) = (Key::new(dir.path(), "ed25519"), Key::new(dir.path(), "ecdsa"));
     ca.certify(&key, "alice", &["-V", "-1m:+1h"]);
@@ -155,7 +151,7 @@ async fn public(node: &Node) -> Option<SocketAddr> {
 
 /// What every client must do. `start` makes it forward `raw:25` to the origin.
 async fn serves(start: impl AsyncFnOnce(&Node, &Origin, &Path) -> (Command, Again)) {
-    let (node, origin) = (Node::with(adit()).await, Origin::raw().await);
+    let (node, origin) = (Node::start().await, Origin::raw().await);
     let dir = tempfile::tempdir().unwrap();
     let (mut command, again) = start(&node, &origin, dir.path()).await;
     command.env("HOME", dir.path()).env_remove("SSH_AUTH_SOCK");
@@ -322,7 +318,7 @@ async fn npm_ssh2_serves_and_takes_its_forward_back() {
 
 /// A client in C that serves one visitor after another.
 async fn c_serves(library: &str) {
-    let (node, origin) = (Node::with(adit()).await, Origin::raw().await);
+    let (node, origin) = (Node::start().await, Origin::raw().await);
     let dir = tempfile::tempdir().unwrap();
     let built = dir.path().join("client");
     let source = client(&format!("{library}_client.c"));
@@ -385,7 +381,7 @@ impl russh::client::Handler for Russh {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn russh_serves_with_the_post_quantum_key_exchange_and_takes_its_forward_back() {
-    let (node, origin) = (Node::with(adit()).await, Origin::raw().await);
+    let (node, origin) = (Node::start().await, Origin::raw().await);
     let mut config = russh::client::Config::default();
     config.preferred.kex = vec![russh::kex::MLKEM768X25519_SHA256].into();
     let mut session = russh::client::connect(config.into(), node.addr("ssh"), Russh(origin.addr)).await.unwrap();
@@ -403,7 +399,7 @@ async fn russh_serves_with_the_post_quantum_key_exchange_and_takes_its_forward_b
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ssh_audit_finds_nothing_to_fail() {
-    let node = Node::with(adit()).await;
+    let node = Node::start().await;
     let addr = node.addr("ssh");
     let mut command = Command::new(installed("venv/bin/ssh-audit"));
     command.args(["--no-colors", "--skip-rate-test", "-p", &addr.port().to_string(), &addr.ip().to_string()]);

@@ -30,10 +30,7 @@ async fn eight_each_way(addr: SocketAddr, bytes: u64) {
 }
 
 async fn bytes_stay_exact(rekey: &str, client: &str, bytes: u64) {
-    let node = Node::with(
-        NodeOpts::default().set("ssh", "engine = \"adit\"").set("ssh", &format!("rekey_bytes = \"{rekey}\"")),
-    )
-    .await;
+    let node = Node::with(NodeOpts::default().set("ssh", &format!("rekey_bytes = \"{rekey}\""))).await;
     let origin = Origin::raw().await;
     let mut opts = SshOpts::new(&[&format!("tcp/raw:{}", origin.target())]);
     opts.extra = vec!["-o".into(), format!("RekeyLimit={client}")];

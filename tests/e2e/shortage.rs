@@ -86,7 +86,7 @@ async fn a_node_without_descriptors_waits_and_serves_again() {
 /// Forty visitors who do as `crowd` does; the most memory that the node had,
 /// over what it had before.
 async fn memory_with(crowd: impl AsyncFn(SocketAddr) -> TcpStream) -> (u64, Duration) {
-    let node = Node::with(NodeOpts::default().set("ssh", "stall_deadline = \"4s\"")).await;
+    let node = Node::start().await;
     let raw = Origin::raw().await;
     let mut ssh = Ssh::start(&node, &[&format!("tcp/raw:{}", raw.target())]).await;
     let addr = SocketAddr::new(node.ip, node.port_of("raw").await);

@@ -239,9 +239,6 @@ fn settings(ip: IpAddr, opts: &NodeOpts) -> String {
     set("tls", "make_certificate", "true".into());
     set("ssh", "listen", listen(2222));
     set("ssh", "mode", "\"open\"".into());
-    if let Ok(engine) = std::env::var("ADIT_TEST_ENGINE") {
-        set("ssh", "engine", format!("\"{engine}\""));
-    }
     set("control", "listen", format!("[\"{ip}:9090\"]"));
     set("control", "allow_anonymous_loopback", "true".into());
     for (section, line) in &opts.settings {
