@@ -28,7 +28,7 @@
 //! |---|---|---|
 //! | accept loop, one a listener | `node`, `ingress::ports` | closing, or the port is withdrawn |
 //! | visit, one a visitor (HTTP adds one a stream) | accept loops | with the visitor; cut at the drain's deadline |
-//! | owner, one an SSH connection; its library task, pumps and consoles | accept loops, `tunnel` | with the connection |
+//! | owner, one an SSH connection; its registrar and consoles | accept loops, `tunnel` | with the connection |
 //! | follower | `node` | stop |
 //! | store's writer (a thread) | `feed::store` | `Store::close` |
 //! | control connections | `control` | stop |

@@ -5,6 +5,7 @@
 use std::borrow::{Borrow, Cow};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -418,6 +419,57 @@ impl FromStr for AuthorizedKey {
 }
 text_field!(AuthorizedKey, "a public key line like \"ssh-ed25519 AAAA… comment\"");
 
+/// What may no longer log in: lines as `ssh-keygen -k` takes them (ssh-keygen(1),
+/// KEY REVOCATION LISTS).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Revoked {
+    /// The key of this fingerprint; if it is a CA's, whatever it has signed.
+    Key(String),
+    /// Certificates of these serial numbers.
+    Serials(RangeInclusive<u64>),
+    /// Certificates with this key id.
+    Id(String),
+}
+
+impl FromStr for Revoked {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let fingerprint = |text: &str| text.parse::<ssh_key::Fingerprint>().ok().filter(|f| f.is_sha256());
+        let text = text.trim();
+        if let Some(fingerprint) = fingerprint(text) {
+            return Ok(Self::Key(fingerprint.to_string()));
+        }
+        let (word, value) = text.split_once(':').map_or(("key", text), |(word, value)| (word, value.trim()));
+        match word.to_ascii_lowercase().as_str() {
+            "serial" => {
+                let (first, last) = value.split_once('-').unwrap_or((value, value));
+                match (first.trim().parse(), last.trim().parse()) {
+                    (Ok(first), Ok(last)) if first <= last => Ok(Self::Serials(first..=last)),
+                    _ => Err("is not a serial number or a range of them"),
+                }
+            }
+            "id" if !value.is_empty() => Ok(Self::Id(value.to_owned())),
+            "hash" => fingerprint(value).map(|f| Self::Key(f.to_string())).ok_or("is not a SHA256 fingerprint"),
+            "key" | "sha256" => {
+                let key: AuthorizedKey = value.parse().map_err(|_| "names no public key")?;
+                Ok(Self::Key(key.fingerprint))
+            }
+            _ => Err("names nothing that can be revoked"),
+        }
+    }
+}
+
+impl fmt::Display for Revoked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Key(fingerprint) => f.write_str(fingerprint),
+            Self::Serials(range) => write!(f, "serial: {}-{}", range.start(), range.end()),
+            Self::Id(id) => write!(f, "id: {id}"),
+        }
+    }
+}
+text_field!(Revoked, "\"SHA256:…\", a public key line, \"serial: 5\", \"serial: 5-9\" or \"id: KEY_ID\"");
+
 /// One registered path to an origin.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tunnel {
@@ -435,6 +487,8 @@ pub struct Tunnel {
     pub cert_authorities: Vec<AuthorizedKey>,
     /// Principals of which a certificate must carry one; empty = `user`.
     pub principals: Vec<String>,
+    /// Keys and certificates that may not serve it any more.
+    pub revoked: Vec<Revoked>,
     /// Fields this version does not know, kept as they came.
     pub extra: Map<String, Value>,
 }
@@ -450,6 +504,7 @@ impl Tunnel {
             keys: Vec::new(),
             cert_authorities: Vec::new(),
             principals: Vec::new(),
+            revoked: Vec::new(),
             extra: Map::new(),
         }
     }
@@ -467,6 +522,7 @@ impl Tunnel {
         let keys = f.take("keys", Vec::new());
         let cert_authorities = f.take("cert_authorities", Vec::new());
         let principals = f.take("principals", Vec::new());
+        let revoked = f.take("revoked", Vec::new());
         if relay_port.is_some() && user.is_none() {
             f.mistake("user", "is missing beside relay_port".into(), "write the SSH user name that logs in".into());
         }
@@ -476,9 +532,17 @@ impl Tunnel {
         let mistakes = f.mistakes();
         let extra = f.rest();
         match socket {
-            Some(socket) if mistakes.is_empty() => {
-                Ok(Self { id: id.clone(), socket, user, relay_port, keys, cert_authorities, principals, extra })
-            }
+            Some(socket) if mistakes.is_empty() => Ok(Self {
+                id: id.clone(),
+                socket,
+                user,
+                relay_port,
+                keys,
+                cert_authorities,
+                principals,
+                revoked,
+                extra,
+            }),
             _ => Err(mistakes),
         }
     }
@@ -497,6 +561,7 @@ impl Tunnel {
                 "keys": lines(&self.keys),
                 "cert_authorities": lines(&self.cert_authorities),
                 "principals": self.principals,
+                "revoked": self.revoked.iter().map(Revoked::to_string).collect::<Vec<_>>(),
             }),
         )
     }

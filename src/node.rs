@@ -150,7 +150,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         tasks: owner_tasks.clone(),
         exempt_loopback: config.node.exempt_loopback,
     };
-    let tunnels = Tunnels::new(config.ssh.clone(), parts);
+    let tunnels = Tunnels::new(config.ssh.clone(), parts).map_err(Failure::Start)?;
     let owners = Arc::new(tunnel::Server::new(Arc::clone(&tunnels), &host_keys).map_err(Failure::Start)?);
 
     // Visitors and their path.

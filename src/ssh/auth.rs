@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use ssh_key::{Certificate, PublicKey};
+use ssh_key::{Certificate, HashAlg, PublicKey};
 
 use super::core::Core;
 use super::hostkey::{self, SignatureAlgorithm};
@@ -48,6 +48,18 @@ pub enum Method<'a> {
     Sha1,
     /// Something that is not done here, a password for example.
     Other,
+}
+
+impl Method<'_> {
+    /// The fingerprint of the key that is shown, certified or not.
+    pub fn fingerprint(&self) -> Option<String> {
+        let key = match self {
+            Self::Offer(key) | Self::Key(key) => key.key_data(),
+            Self::OfferCertificate(certificate) | Self::Certificate(certificate) => certificate.public_key(),
+            _ => return None,
+        };
+        Some(key.fingerprint(HashAlg::Sha256).to_string())
+    }
 }
 
 /// What the owner makes of an attempt.

@@ -371,6 +371,7 @@ impl Driver {
         mut data: impl FnMut(&mut Core, u32, usize, usize) -> Result<(), Fatal>,
     ) -> Result<(), Fatal> {
         let core = &mut self.link.state.lock().core;
+        core.received = self.opener.bytes;
         for (start, end, seq) in opened.drain(..) {
             if core.ended.is_some() {
                 continue;

@@ -56,6 +56,7 @@ impl Fatal {
     const MAC: Self = Self::new(5, "mac", "corrupted packet");
     const CRYPTO: Self = Self::new(2, "crypto", "internal error");
     const FLOOD: Self = Self::new(2, "flood", "too many requests");
+    const REKEYS: Self = Self::new(2, "rekeys", "too many key exchanges");
     const WINDOW: Self = Self::new(2, "window", "window exceeded");
     const CHANNEL: Self = Self::new(2, "channel", "no such channel");
     const AUTH_ATTEMPTS: Self = Self::new(14, "auth_attempts", "too many failed logins");

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use ssh_key::certificate::{CertType, Certificate};
 use ssh_key::{HashAlg, PublicKey};
 
-use crate::model::{AuthorizedKey, Tunnel};
+use crate::model::{AuthorizedKey, Revoked, Tunnel};
 
 /// Who logged in, as verified.
 #[derive(Debug, Clone)]
@@ -22,6 +22,12 @@ pub enum Login {
         principals: Vec<String>,
         /// Whether it permits forwarding.
         may_forward: bool,
+        /// The fingerprint of the key that it certifies.
+        key: String,
+        /// Its serial number.
+        serial: u64,
+        /// Its key id.
+        id: String,
     },
     /// Showed nothing (open mode, loopback): owns what its session makes.
     Nobody,
@@ -37,14 +43,27 @@ impl Login {
         }
     }
 
+    /// Whether a list names it.
+    pub fn is_revoked(&self, list: &[Revoked]) -> bool {
+        list.iter().any(|revoked| match (self, revoked) {
+            (Self::Key(key), Revoked::Key(named)) => key.fingerprint == *named,
+            (Self::Certificate { key, authority, .. }, Revoked::Key(named)) => {
+                key == named || authority.fingerprint == *named
+            }
+            (Self::Certificate { serial, .. }, Revoked::Serials(named)) => named.contains(serial),
+            (Self::Certificate { id, .. }, Revoked::Id(named)) => id == named,
+            _ => false,
+        })
+    }
+
     /// Whether this login, as SSH user `user`, may serve `tunnel` by its record.
     pub fn may_serve(&self, user: &str, tunnel: &Tunnel, node_authorities: &[AuthorizedKey]) -> bool {
-        if tunnel.user.as_deref().is_some_and(|wanted| wanted != user) {
+        if tunnel.user.as_deref().is_some_and(|wanted| wanted != user) || self.is_revoked(&tunnel.revoked) {
             return false;
         }
         match self {
             Self::Key(key) => tunnel.keys.iter().any(|k| k.fingerprint == key.fingerprint),
-            Self::Certificate { authority, principals, may_forward } => {
+            Self::Certificate { authority, principals, may_forward, .. } => {
                 let names_somebody = !tunnel.principals.is_empty() || tunnel.user.is_some();
                 // The node's CAs serve whom a record names. One that names only
                 // keys, as those made on demand do, is for these keys alone.
@@ -108,7 +127,14 @@ pub fn check_certificate(
         }
     }
     let may_forward = certificate.extensions().iter().any(|(name, _)| name == "permit-port-forwarding");
-    Ok(Login::Certificate { authority, principals, may_forward })
+    Ok(Login::Certificate {
+        authority,
+        principals,
+        may_forward,
+        key: certificate.public_key().fingerprint(HashAlg::Sha256).to_string(),
+        serial: certificate.serial(),
+        id: certificate.key_id().to_owned(),
+    })
 }
 
 /// Whether a comma-separated list of addresses and CIDR blocks holds `peer`.
@@ -145,8 +171,14 @@ mod tests {
     #[test]
     fn a_certificate_of_the_nodes_ca_serves_only_tunnels_that_name_its_principal() {
         let ca = key("ca");
-        let login =
-            Login::Certificate { authority: ca.clone(), principals: vec!["mallory".to_owned()], may_forward: true };
+        let login = Login::Certificate {
+            authority: ca.clone(),
+            principals: vec!["mallory".to_owned()],
+            may_forward: true,
+            key: "mallory's".to_owned(),
+            serial: 7,
+            id: "mallory@laptop".to_owned(),
+        };
         let may = |tunnel: &Tunnel| login.may_serve("mallory", tunnel, std::slice::from_ref(&ca));
         let mut tunnel = Tunnel::new("web".parse().unwrap(), "web".parse().unwrap());
         tunnel.keys = vec![key("alice")];
@@ -160,6 +192,14 @@ mod tests {
         assert!(may(&tunnel));
         (tunnel.user, tunnel.cert_authorities) = (None, vec![ca.clone()]);
         assert!(may(&tunnel), "a record that trusts the CA itself takes whom it let in");
+        for revoked in [Revoked::Key("ca".into()), Revoked::Key("mallory's".into()), Revoked::Serials(7..=7)] {
+            tunnel.revoked = vec![revoked.clone()];
+            assert!(!may(&tunnel), "{revoked}");
+        }
+        tunnel.revoked = ["id: mallory", "serial: 8-9", "serial: 0"].map(|r| r.parse().unwrap()).to_vec();
+        assert!(may(&tunnel), "revoked by another's name or number");
+        tunnel.revoked.push("id: mallory@laptop".parse().unwrap());
+        assert!(!may(&tunnel));
     }
 
     #[test]

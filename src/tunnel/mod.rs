@@ -6,6 +6,7 @@ pub mod keys;
 pub mod naming;
 mod owner;
 mod register;
+mod revoked;
 mod server;
 mod session;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use parking_lot::Mutex;
 use tokio_util::task::TaskTracker;
 
 pub use self::register::Urls;
+use self::revoked::RevokedKeys;
 pub use self::server::{HostKeyType, Server, host_key};
 pub use self::session::{Bind, Session};
 use crate::error::Error;
@@ -71,6 +73,8 @@ pub struct SshSettings {
     pub ecdsa_host_key: bool,
     /// CAs whose user certificates may serve any tunnel that names their principal.
     pub cert_authorities: Vec<AuthorizedKey>,
+    /// A file of keys and certificates that may not log in any more.
+    pub revoked_keys: Option<PathBuf>,
     /// Accept RSA signatures over SHA-1, which only clients of 2021 and before need.
     pub allow_sha1_rsa: bool,
     /// Time from the connection to a complete login.
@@ -124,6 +128,7 @@ impl Default for SshSettings {
             host_key: None,
             ecdsa_host_key: false,
             cert_authorities: Vec::new(),
+            revoked_keys: None,
             allow_sha1_rsa: false,
             login_deadline: Duration::from_secs(20),
             auth_attempts: 12,
@@ -171,6 +176,7 @@ impl SshSettings {
             host_key: f.optional("host_key"),
             ecdsa_host_key: f.take("ecdsa_host_key", d.ecdsa_host_key),
             cert_authorities: f.take("cert_authorities", d.cert_authorities),
+            revoked_keys: f.optional("revoked_keys"),
             allow_sha1_rsa: f.take("allow_sha1_rsa", d.allow_sha1_rsa),
             login_deadline: f.take("login_deadline", d.login_deadline),
             auth_attempts: f.take("auth_attempts", d.auth_attempts),
@@ -283,12 +289,17 @@ pub struct Tunnels {
     per_address: PerAddress,
     unauthenticated: PerAddress,
     session_count: Arc<std::sync::atomic::AtomicUsize>,
+    revoked: RevokedKeys,
 }
 
 impl Tunnels {
     /// No session yet.
-    pub fn new(settings: SshSettings, parts: Parts) -> Arc<Self> {
-        Arc::new(Self {
+    ///
+    /// # Errors
+    /// Where `ssh.revoked_keys` cannot be read.
+    pub fn new(settings: SshSettings, parts: Parts) -> Result<Arc<Self>, String> {
+        let revoked = RevokedKeys::new(settings.revoked_keys.clone())?;
+        Ok(Arc::new(Self {
             per_address: PerAddress::new(settings.sessions_per_address, parts.exempt_loopback),
             unauthenticated: PerAddress::new(settings.unauthenticated_per_address, parts.exempt_loopback),
             settings,
@@ -304,7 +315,8 @@ impl Tunnels {
             name_key: parts.name_key,
             tasks: parts.tasks,
             session_count: Arc::default(),
-        })
+            revoked,
+        }))
     }
 
     /// The knobs.

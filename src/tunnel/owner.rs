@@ -1,12 +1,12 @@
 //! What the engine asks of one session: who may log in, and each forward and
 //! console handed to the module that decides.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use ssh_key::HashAlg;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -15,10 +15,14 @@ use super::keys::{self, Login};
 use super::{Bind, Mode, Session, Tunnels, naming};
 use crate::limits::{AddressPermit, Permit};
 use crate::metrics::Present;
-use crate::ssh::{Asked, Attempt, ChannelStream, Method, Owner as Decides, RequestId, Verdict};
+use crate::model::AuthorizedKey;
+use crate::ssh::{Asked, Attempt, ChannelStream, Method, Owner as Decides, Question, RequestId, Verdict};
 
 /// Forwards of one session that wait to be registered.
 const FORWARDS_WAITING: usize = 256;
+
+/// Refused keys that a client is told of.
+const REFUSALS: usize = 16;
 
 /// Consoles of one session.
 const TERMINALS: usize = 4;
@@ -29,6 +33,8 @@ pub(super) struct Owner {
     session: Arc<Session>,
     /// The login that is accepted once the engine says so.
     pending: Option<(String, Login)>,
+    /// Why keys were refused that nobody was told of yet.
+    refusals: Vec<String>,
     unauthenticated: Option<AddressPermit>,
     present: Option<Present>,
     register: mpsc::Sender<(RequestId, Asked)>,
@@ -44,22 +50,13 @@ impl Owner {
             tunnels,
             session,
             pending: None,
+            refusals: Vec::new(),
             unauthenticated: Some(unauthenticated),
             present: None,
             register,
             forwards: Some(forwards),
             consoles: HashMap::new(),
         }
-    }
-
-    fn rejected(&self, user: &str, why: &str) -> Verdict {
-        self.session.log_refusal(user, why);
-        Verdict::Reject
-    }
-
-    fn accepted(&mut self, user: &str, login: Login) -> Verdict {
-        self.pending = Some((user.to_owned(), login));
-        Verdict::Accept
     }
 
     fn lets_anybody_in(&self) -> bool {
@@ -71,42 +68,65 @@ impl Owner {
             || self.tunnels.routes.knows_authority(authority)
     }
 
-    fn may_log_in(&self, fingerprint: &str) -> bool {
-        self.tunnels.settings.mode == Mode::Open || self.tunnels.routes.knows_key(fingerprint)
+    /// Whom a key or certificate logs in, or why nobody.
+    fn login(&self, method: &Method<'_>) -> Result<Login, Cow<'static, str>> {
+        let settings = &self.tunnels.settings;
+        let login = match method {
+            Method::Offer(key) | Method::Key(key) => {
+                let known = |key: &AuthorizedKey| {
+                    settings.mode == Mode::Open || self.tunnels.routes.knows_key(&key.fingerprint)
+                };
+                let key = keys::authorized(key).filter(known).ok_or("the key is not in any tunnel's record")?;
+                Login::Key(key)
+            }
+            Method::OfferCertificate(certificate) | Method::Certificate(certificate) => {
+                let (peer, now) = (self.session.peer.ip(), SystemTime::now());
+                keys::check_certificate(certificate, peer, now, |ca| self.is_trusted(ca))
+                    .map_err(|why| format!("the certificate is refused: {why}"))?
+            }
+            Method::Interactive(_) if self.lets_anybody_in() => Login::Nobody,
+            Method::Sha1 => return Err("RSA signatures over SHA-1 are off (ssh.allow_sha1_rsa)".into()),
+            Method::None | Method::Interactive(_) | Method::Other => return Err("only keys are accepted".into()),
+        };
+        self.tunnels.revoked.refusal(&login).map_or(Ok(login), |why| Err(why.into()))
     }
 }
 
 impl Decides for Owner {
     fn judge(&mut self, attempt: &Attempt<'_>) -> Verdict {
-        const NOT_RECORDED: &str = "the key is not in any tunnel's record";
-        let user = attempt.user;
-        let checked = |this: &Self, certificate: &_| {
-            keys::check_certificate(certificate, this.session.peer.ip(), SystemTime::now(), |ca| this.is_trusted(ca))
-        };
-        match &attempt.method {
-            Method::None => Verdict::Reject,
-            Method::Offer(key) if self.may_log_in(&key.fingerprint(HashAlg::Sha256).to_string()) => Verdict::Accept,
-            Method::Offer(_) => self.rejected(user, NOT_RECORDED),
-            Method::Key(key) => match keys::authorized(key) {
-                Some(key) if self.may_log_in(&key.fingerprint) => self.accepted(user, Login::Key(key)),
-                _ => self.rejected(user, NOT_RECORDED),
-            },
-            Method::OfferCertificate(certificate) => match checked(self, certificate) {
-                Ok(_) => Verdict::Accept,
-                Err(why) => self.rejected(user, &format!("the certificate is refused: {why}")),
-            },
-            Method::Certificate(certificate) => match checked(self, certificate) {
-                Ok(login) => self.accepted(user, login),
-                Err(why) => self.rejected(user, &format!("the certificate is refused: {why}")),
-            },
-            Method::Interactive(_) if self.lets_anybody_in() => self.accepted(user, Login::Nobody),
-            Method::Sha1 => self.rejected(user, "RSA signatures over SHA-1 are off (ssh.allow_sha1_rsa)"),
-            Method::Interactive(_) | Method::Other => self.rejected(user, "only keys are accepted"),
+        if matches!(attempt.method, Method::None) {
+            return Verdict::Reject;
+        }
+        match self.login(&attempt.method) {
+            Ok(login) => {
+                if !matches!(attempt.method, Method::Offer(_) | Method::OfferCertificate(_)) {
+                    self.pending = Some((attempt.user.to_owned(), login));
+                }
+                Verdict::Accept
+            }
+            // What was wrong with the keys, for clients that show it; it can be asked once.
+            Err(_) if matches!(attempt.method, Method::Interactive(_)) && !self.refusals.is_empty() => {
+                let refusals = std::mem::take(&mut self.refusals).join("\n");
+                Verdict::Ask(Question { instruction: format!("adit: no login.\n{refusals}\n"), prompts: Vec::new() })
+            }
+            Err(why) => {
+                self.session.log_refusal(attempt.user, &why);
+                if let Some(key) = attempt.method.fingerprint()
+                    && self.refusals.len() < REFUSALS
+                {
+                    self.refusals.push(format!("{key}: {why}"));
+                }
+                Verdict::Reject
+            }
         }
     }
 
     fn methods(&self) -> &'static [&'static str] {
-        if self.lets_anybody_in() { &["publickey", "keyboard-interactive"] } else { &["publickey"] }
+        if self.lets_anybody_in() || !self.refusals.is_empty() {
+            &["publickey", "keyboard-interactive"]
+        } else {
+            &["publickey"]
+        }
     }
 
     fn logged_in(&mut self, client: &str) {

@@ -55,7 +55,7 @@ impl Door {
             tasks: tasks.clone(),
             exempt_loopback: true,
         };
-        let tunnels = Tunnels::new(settings, parts);
+        let tunnels = Tunnels::new(settings, parts).unwrap();
         let pair = ssh_key::private::Ed25519Keypair::from_seed(&[1; 32]);
         let server = Arc::new(Server::new(Arc::clone(&tunnels), &[PrivateKey::from(pair)]).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -427,3 +427,26 @@ fn output(command: &mut Command) -> String {
     assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
     String::from_utf8_lossy(&done.stdout).into_owned()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_wants_new_keys_all_the_time_is_sent_away() {
+    let node = Node::start().await;
+    let origin = Origin::raw().await;
+    let mut opts = SshOpts::new(&[&format!("tcp/raw:{}", origin.target())]);
+    // OpenSSH's least: new keys after each packet.
+    opts.extra = vec!["-o".into(), "RekeyLimit=16".into()];
+    let mut ssh = Ssh::with(&node, opts).await;
+    let addr = SocketAddr::new(node.ip, node.port_of("raw").await);
+    let ping = async || {
+        let mut visitor = TcpStream::connect(addr).await?;
+        visitor.write_all(b"DOWN 1\n").await?;
+        visitor.read_u8().await
+    };
+    for _ in 0..100 {
+        if ping().await.is_err() {
+            break;
+        }
+    }
+    assert!(!ssh.program.ended(DEADLINE).await.success());
+    assert!(ssh.program.output().contains("too many key exchanges"), "{}", ssh.program.output());
+}

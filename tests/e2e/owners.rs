@@ -182,6 +182,60 @@ async fn user_certificates_of_trusted_cas_serve_and_every_other_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_is_revoked_is_out_by_the_nodes_file_and_by_the_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let list = dir.path().join("revoked");
+    std::fs::write(&list, "# nobody\n").unwrap();
+    let opts = NodeOpts::default().set("ssh", "mode = \"closed\"");
+    let node = Node::with(opts.set("ssh", &format!("revoked_keys = \"{}\"", list.display()))).await;
+    let origin = Origin::http().await;
+    let (ca, key) = (another_key(&node, "ed25519"), another_key(&node, "ecdsa"));
+    ca.certify(&key, "alice", &["-z", "7"]);
+    node.put("sockets/s1", json!({"type": "http", "hostnames": ["s1.edge.localhost"]})).await;
+    let tunnel = |revoked: &[&str]| {
+        let keys = [node.key.line()];
+        json!({"socket": "s1", "cert_authorities": [ca.line()], "principals": ["alice"], "keys": keys, "revoked": revoked})
+    };
+    node.put("tunnels/t1", tunnel(&[])).await;
+    let login = |key: &Key| SshOpts::new(&[&format!("s1:80:{}", origin.target())]).key(key);
+    let running = Ssh::with(&node, login(&key)).await;
+    assert_eq!(page(&node, "s1").await.0, 200);
+
+    // By the record: at once, and for those who are logged in too.
+    node.put("tunnels/t1", tunnel(&["serial: 5-9"])).await;
+    assert_eq!(page(&node, "s1").await.0, 503);
+    node.put("tunnels/t1", tunnel(&["id: somebody else"])).await;
+    assert_eq!(page(&node, "s1").await.0, 200);
+    drop(running);
+
+    // By the file: at the next login.
+    std::fs::write(&list, format!("serial: 7\n{}\n", node.key.line())).unwrap();
+    for key in [&key, &node.key] {
+        let mut refused = Ssh::launch(&node, login(key));
+        assert!(!refused.program.ended(DEADLINE).await.success());
+    }
+    assert_eq!(node.log().matches("it is revoked (ssh.revoked_keys)").count(), 2);
+    std::fs::write(&list, "id: somebody else\n").unwrap();
+    let _ssh = Ssh::with(&node, login(&key)).await;
+    assert_eq!(page(&node, "s1").await.0, 200);
+    let (status, answer) = node.api("PUT", "/v1/tunnels/t1", Some(&tunnel(&["serial: 9-5"]))).await;
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer.to_string().contains("revoked: item 0"), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_not_let_in_is_told_why_by_its_own_client() {
+    let node = Node::with(NodeOpts::default().set("ssh", "mode = \"closed\"")).await;
+    let mut opts = SshOpts::new(&["s1:80:localhost:1"]);
+    opts.batch = false;
+    let mut ssh = Ssh::launch(&node, opts);
+    assert!(!ssh.program.ended(DEADLINE).await.success());
+    let said = ssh.program.output();
+    assert!(said.contains("the key is not in any tunnel's record") && said.contains("SHA256:"), "{said}");
+    assert_eq!(said.matches("adit: no login.").count(), 1, "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_removed_key_loses_its_tunnel_for_the_next_visitor() {
     let node = Node::with(NodeOpts::default().set("ssh", "mode = \"closed\"")).await;
     let origin = Origin::http().await;
