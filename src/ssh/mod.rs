@@ -128,4 +128,6 @@ pub trait Owner: Send {
 pub mod fuzzing;
 
 #[cfg(test)]
+mod against_russh;
+#[cfg(test)]
 mod tests;
