@@ -16,6 +16,12 @@ use super::wire::Put;
 /// channels offer (32 KiB of data) stays below.
 pub(super) const MAX_PACKET: usize = 35_000;
 
+/// The longest packet taken before the login, when a connection may be anybody's
+/// and its unfinished packet is what it can make us keep: five times the longest
+/// KEXINIT seen (OpenSSH 9.9: 1.6 KiB), and a user certificate of RSA keys with a
+/// hundred principals.
+pub(super) const EARLY_PACKET: usize = 8 << 10;
+
 const TAG: usize = 16;
 /// AES's block, and GCM's multiple.
 const AES_BLOCK: usize = 16;
@@ -316,6 +322,8 @@ enum Open {
 pub(super) struct Opener {
     open: Open,
     seq: u32,
+    /// The longest packet that is taken now.
+    pub(super) longest: usize,
     pub(super) packets: u64,
     pub(super) bytes: u64,
 }
@@ -331,7 +339,7 @@ pub(super) enum Front {
 
 impl Opener {
     pub(super) fn plain() -> Self {
-        Self { open: Open::Plain, seq: 0, packets: 0, bytes: 0 }
+        Self { open: Open::Plain, seq: 0, longest: EARLY_PACKET, packets: 0, bytes: 0 }
     }
 
     /// The number of the packet that comes next.
@@ -358,11 +366,12 @@ impl Opener {
     pub(super) fn open(&mut self, buf: &mut [u8]) -> Result<Front, Fatal> {
         let seq = self.seq;
         let Some(first) = buf.first_chunk::<4>().copied() else { return Ok(Front::Part(4)) };
+        let longest = self.longest;
         let (len, tag) = match &mut self.open {
-            Open::Plain => (checked(first, 8, 4)?, 0),
-            Open::Gcm(..) => (checked(first, AES_BLOCK, 0)?, TAG),
-            Open::ChaCha(key) => (checked(key.decrypt_packet_length(seq, first), 8, 0)?, TAG),
-            Open::CtrMac(c, _) if c.mac.etm => (checked(first, AES_BLOCK, 0)?, c.mac.len()),
+            Open::Plain => (checked(first, longest, 8, 4)?, 0),
+            Open::Gcm(..) => (checked(first, longest, AES_BLOCK, 0)?, TAG),
+            Open::ChaCha(key) => (checked(key.decrypt_packet_length(seq, first), longest, 8, 0)?, TAG),
+            Open::CtrMac(c, _) if c.mac.etm => (checked(first, longest, AES_BLOCK, 0)?, c.mac.len()),
             Open::CtrMac(c, seen) => {
                 let Some(block) = buf.first_chunk_mut::<AES_BLOCK>() else { return Ok(Front::Part(AES_BLOCK)) };
                 if !*seen {
@@ -370,7 +379,7 @@ impl Opener {
                     *seen = true;
                 }
                 let [a, b, c4, d, ..] = *block;
-                (checked([a, b, c4, d], AES_BLOCK, 4)?, c.mac.len())
+                (checked([a, b, c4, d], longest, AES_BLOCK, 4)?, c.mac.len())
             }
         };
         let total = 4 + len + tag;
@@ -411,9 +420,9 @@ fn same(mine: &[u8], theirs: &[u8]) -> Result<(), Fatal> {
 
 /// A packet's length, if it can be one: padded to `block`, `counted` bytes of
 /// the length itself included.
-fn checked(len: [u8; 4], block: usize, counted: usize) -> Result<usize, Fatal> {
+fn checked(len: [u8; 4], longest: usize, block: usize, counted: usize) -> Result<usize, Fatal> {
     let len = usize::try_from(u32::from_be_bytes(len)).unwrap_or(usize::MAX);
-    if len > MAX_PACKET {
+    if len > longest {
         return Err(Fatal::PACKET_TOO_LARGE);
     }
     // A padding's length, one byte of payload and four of padding at least.
@@ -478,6 +487,7 @@ pub(super) mod tests {
                     Some(cipher) => keyed(cipher, mac, 5),
                     None => (Sealer::plain(), Opener::plain()),
                 };
+                opener.longest = MAX_PACKET;
                 let sent: Vec<Vec<u8>> = [1, 2, 11, 12, 13, 500, 32_777].iter().map(|n| vec![*n as u8; *n]).collect();
                 let mut wire = Vec::new();
                 for payload in &sent {
@@ -508,13 +518,17 @@ pub(super) mod tests {
     fn absurd_lengths_are_refused_before_anything_is_waited_for() {
         for (len, fatal) in [
             (u32::MAX, Fatal::PACKET_TOO_LARGE),
-            (35_016, Fatal::PACKET_TOO_LARGE),
+            (EARLY_PACKET as u32 + 4, Fatal::PACKET_TOO_LARGE),
             (0, Fatal::MALFORMED),
             (5, Fatal::MALFORMED),
             (13, Fatal::MALFORMED),
         ] {
             assert_eq!(Opener::plain().open(&mut len.to_be_bytes()), Err(fatal), "{len}");
         }
+        let mut logged_in = Opener::plain();
+        logged_in.longest = MAX_PACKET;
+        assert_eq!(logged_in.open(&mut 35_004_u32.to_be_bytes()), Err(Fatal::PACKET_TOO_LARGE));
+        assert_eq!(logged_in.open(&mut 34_996_u32.to_be_bytes()), Ok(Front::Part(35_000)));
         // A padding that is longer than the packet, or shorter than it may be.
         for padding in [0, 3, 8, 255] {
             let mut wire = [0, 0, 0, 12, padding, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
 use super::block::{BLOCK, Block};
-use super::cipher::{Front, Opener};
+use super::cipher::{Front, MAX_PACKET, Opener};
 use super::connection::{OpenError, RequestId, To};
 use super::core::{Core, Ended, Handled};
 use super::inbox::WHOLE;
@@ -392,6 +392,9 @@ impl Driver {
         }
         core.renew(&self.opener)?;
         self.logged_in = core.login.is_done();
+        if self.logged_in {
+            self.opener.longest = MAX_PACKET;
+        }
         self.paused = core.paused();
         Ok(())
     }

@@ -154,3 +154,60 @@ async fn forty_uploads_to_an_origin_that_stops_reading_cost_bounded_memory() {
     assert!(grown < bound, "{} MiB more, not {}", grown / MIB, bound / MIB);
     assert!(longest < Duration::from_secs(4 + 2), "another waited {longest:?}");
 }
+
+/// Any host key will do.
+struct Trusting;
+
+impl russh::client::Handler for Trusting {
+    type Error = russh::Error;
+
+    async fn check_server_key(&mut self, _: &russh::keys::PublicKeyOrCertificate) -> Result<bool, Self::Error> {
+        Ok(true)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_connections_that_never_log_in_cost_16_kib_each_and_go_at_the_deadline() {
+    let deadline = Duration::from_secs(20);
+    let opts = ["unauthenticated_per_address = 2000", "sessions_per_address = 2000", "login_deadline = \"20s\""];
+    let node = Node::with(opts.iter().fold(NodeOpts::default(), |opts, line| opts.set("ssh", line))).await;
+    let mut staying = Ssh::start(&node, &["web:80:localhost:1"]).await;
+    let addr = node.addr("ssh");
+    // The first bytes of a packet as long as may be before the login, and no more of it.
+    let unfinished = [b"SSH-2.0-x\r\n".as_slice(), &8_188_u32.to_be_bytes(), &[7; 8_000]].concat();
+    let first: [&[u8]; 3] = [b"", b"SSH-2.0-OpenSSH_9.2\r\n", &unfinished];
+    let before = node.usage();
+    let begun = Instant::now();
+    let (mut saying, mut agreed) = (Vec::new(), Vec::new());
+    for number in 0..1000 {
+        match first.get(number % 4) {
+            Some(bytes) => {
+                let mut tcp = TcpStream::connect(addr).await.unwrap();
+                tcp.write_all(bytes).await.unwrap();
+                saying.push(tcp);
+            }
+            None => agreed.push(russh::client::connect(Default::default(), addr, Trusting).await.unwrap()),
+        }
+    }
+    let opened = begun.elapsed();
+    assert!(opened < deadline, "the first is gone before the last came");
+    let inside = node.usage();
+    assert!(inside.descriptors >= before.descriptors + 1000, "{} descriptors", inside.descriptors);
+    let each = (inside.memory - before.memory) / 1000;
+    eprintln!("{each} bytes each; opened in {opened:?}, {:?} of CPU", inside.cpu - before.cpu);
+    assert!(each <= 16 << 10, "{each} bytes each");
+
+    let gone = async {
+        for mut tcp in saying {
+            let _ = tcp.read_to_end(&mut Vec::new()).await;
+        }
+        for client in agreed {
+            let _ = client.await;
+        }
+    };
+    within(deadline + DEADLINE, "the end of all", gone).await;
+    eventually("their descriptors are free", async || (node.usage().descriptors <= before.descriptors).then_some(()))
+        .await;
+    assert!(begun.elapsed() >= deadline, "some went before: {:?}", begun.elapsed());
+    assert!(staying.program.runs(), "who logged in stays");
+}
