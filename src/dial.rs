@@ -18,28 +18,69 @@ use crate::stream::Stream;
 use crate::tunnel::{Attachment, Tunnels};
 use crate::visit_log::Sink;
 
-/// An open way to an origin.
-pub struct Dialed {
+/// One live way to an origin: a tunnel, as one session serves it.
+pub trait Way: Send + Sync + 'static {
+    /// Its number, which no other way of this node ever has.
+    fn id(&self) -> u64;
+
+    /// The tunnel.
+    fn tunnel(&self) -> &TunnelId;
+
+    /// The console of the session, for the visit's record.
+    fn console(&self) -> Arc<dyn Sink>;
+}
+
+/// An open stream to an origin.
+pub struct Dialed<W> {
     /// Bytes to and from the origin. Dropping it closes the SSH channel.
     pub stream: Stream,
-    /// The tunnel that carries it.
-    pub tunnel: TunnelId,
-    /// The console of the session that carries it, for the visit's record.
-    pub console: Option<Arc<dyn Sink>>,
+    /// The way that it goes.
+    pub way: Arc<W>,
 }
 
 /// Finds a way to a socket's origin: the dialer, or a fake in tests of what
 /// stands above it.
 pub trait Dial: Send + Sync + 'static {
-    /// An open stream to the origin of `route`, for this visitor.
+    /// The ways that this dialer knows.
+    type Way: Way;
+
+    /// A place among the visitors of a socket.
     ///
     /// # Errors
-    /// `NoTunnel`, `SocketLimit`, `TunnelLimit`, `TunnelSilent`, or
-    /// `OriginRefused` where no tunnel of the socket reached its origin.
+    /// `SocketLimit`.
+    fn admit(&self, route: &Route) -> Result<Permit, Error>;
+
+    /// The ways to the socket's origin, the one whose turn it is first.
+    fn ways(&self, route: &Route) -> Vec<Arc<Self::Way>>;
+
+    /// An open stream over the first of these ways that leads to the origin, for
+    /// this visitor.
+    ///
+    /// # Errors
+    /// `NoTunnel` where there is no way, `TunnelLimit`, `TunnelSilent`, or
+    /// `OriginRefused` where none reached its origin.
     ///
     /// # Cancel safety
     /// Cancel safe: what opens after the caller has left is closed.
-    fn dial(&self, route: &Arc<Route>, visitor: &Visitor) -> impl Future<Output = Result<Dialed, Error>> + Send;
+    fn dial(
+        &self,
+        ways: Vec<Arc<Self::Way>>,
+        visitor: &Visitor,
+    ) -> impl Future<Output = Result<Dialed<Self::Way>, Error>> + Send;
+}
+
+impl Way for Attachment {
+    fn id(&self) -> u64 {
+        self.id
+    }
+
+    fn tunnel(&self) -> &TunnelId {
+        &self.tunnel
+    }
+
+    fn console(&self) -> Arc<dyn Sink> {
+        Arc::clone(&self.session.console) as Arc<dyn Sink>
+    }
 }
 
 /// The knobs of `[dial]`.
@@ -95,8 +136,21 @@ impl Dialer {
         Instant::now() + self.tunnels.settings().open_patience
     }
 
+    async fn attempt(&self, way: Arc<Attachment>, visitor: &Visitor) -> Result<Dialed<Attachment>, Error> {
+        let stream = self.tunnels.open(&way, visitor).await?;
+        Ok(Dialed { stream, way })
+    }
+}
+
+impl Dial for Dialer {
+    type Way = Attachment;
+
+    fn admit(&self, route: &Route) -> Result<Permit, Error> {
+        Permit::take(&route.state.visitors, self.settings.connections_per_socket).ok_or(Error::SocketLimit)
+    }
+
     /// The latest login of each tunnel in turn, then the standbys.
-    fn in_order(&self, route: &Route) -> Vec<Arc<Attachment>> {
+    fn ways(&self, route: &Route) -> Vec<Arc<Attachment>> {
         let mut serving = Vec::new();
         let mut standbys = Vec::new();
         for tunnel in route.tunnels_in_turn() {
@@ -108,23 +162,14 @@ impl Dialer {
         serving
     }
 
-    async fn attempt(&self, via: Arc<Attachment>, route: &Route, visitor: &Visitor) -> Result<Dialed, Error> {
-        let permit = Permit::take(&route.state.visitors, self.settings.connections_per_socket);
-        let permit = permit.ok_or(Error::SocketLimit)?;
-        let stream = self.tunnels.open(&via, visitor, vec![permit]).await?;
-        Ok(Dialed { stream, tunnel: via.tunnel.clone(), console: Some(via.console()) })
-    }
-}
-
-impl Dial for Dialer {
-    async fn dial(&self, route: &Arc<Route>, visitor: &Visitor) -> Result<Dialed, Error> {
-        let mut rest = self.in_order(route).into_iter();
+    async fn dial(&self, ways: Vec<Arc<Attachment>>, visitor: &Visitor) -> Result<Dialed<Attachment>, Error> {
+        let mut rest = ways.into_iter();
         let mut failure = Error::NoTunnel;
         let mut attempts = FuturesUnordered::new();
         let deadline = Instant::now() + self.settings.deadline;
         let Some(first) = rest.next() else { return Err(failure) };
         let mut current = Arc::clone(&first);
-        attempts.push(self.attempt(first, route, visitor));
+        attempts.push(self.attempt(first, visitor));
         let mut patience = self.patience();
         let mut asked = false;
         loop {
@@ -136,7 +181,7 @@ impl Dial for Dialer {
                         match rest.next() {
                             Some(next) => {
                                 current = Arc::clone(&next);
-                                attempts.push(self.attempt(next, route, visitor));
+                                attempts.push(self.attempt(next, visitor));
                                 (patience, asked) = (self.patience(), false);
                             }
                             None if attempts.is_empty() => return Err(failure),
@@ -150,7 +195,7 @@ impl Dial for Dialer {
                     asked = true;
                     if let Some(next) = rest.next() {
                         current = Arc::clone(&next);
-                        attempts.push(self.attempt(next, route, visitor));
+                        attempts.push(self.attempt(next, visitor));
                         (patience, asked) = (self.patience(), false);
                     }
                 }
@@ -165,7 +210,7 @@ fn worse(a: Error, b: Error) -> Error {
     let weight = |e: Error| match e {
         Error::OriginRefused => 4,
         Error::TunnelSilent => 3,
-        Error::TunnelLimit | Error::SocketLimit => 2,
+        Error::TunnelLimit => 2,
         Error::NoTunnel => 1,
         _ => 0,
     };

@@ -13,6 +13,12 @@ use crate::visit_log::{Visit, What};
 const COUNTERS: &[(&str, Unit, &str)] = &[
     ("adit_visits_total", Unit::Count, "Requests and raw connections that ended, by kind, error label and fault"),
     ("adit_visit_bytes_total", Unit::Bytes, "Bytes relayed, by direction: up = towards the origin"),
+    (
+        "adit_origin_requests_total",
+        Unit::Count,
+        "Requests sent to origins, by connection: kept from an earlier one, or new",
+    ),
+    ("adit_origin_retries_total", Unit::Count, "Requests sent again because their connection had ended"),
     ("adit_visitors_refused_total", Unit::Count, "Connections refused at the door, by limit"),
     ("adit_visitors_stalled_total", Unit::Count, "Visitors reset because they held their tunnel up"),
     ("adit_visitors_cut_total", Unit::Count, "Connections cut at the end of a drain"),
@@ -30,6 +36,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
 /// Name, unit and help of each gauge.
 const GAUGES: &[(&str, Unit, &str)] = &[
     ("adit_visitors", Unit::Count, "Visitors' connections open now, by door"),
+    ("adit_origin_connections_kept", Unit::Count, "Connections to origins that wait for a request"),
     ("adit_tunnels_attached", Unit::Count, "Tunnels that live sessions serve, standbys included"),
     ("adit_sessions", Unit::Count, "SSH sessions logged in"),
     ("adit_ready", Unit::Count, "1 while the node takes visitors"),

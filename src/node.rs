@@ -157,6 +157,13 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));
     let http = HttpSettings { public_https_port: urls.https_port.unwrap_or(443), ..config.http.clone() };
     let http = Http::new(Arc::clone(&routes), Arc::clone(&dialer), http, stages.visitors.clone());
+    tasks.spawn({
+        let (http, closed) = (Arc::clone(&http), stages.close.clone());
+        async move {
+            closed.cancelled().await;
+            http.close();
+        }
+    });
     let parts = ingress::Parts {
         routes: Arc::clone(&routes),
         tls: Arc::clone(&certificates),

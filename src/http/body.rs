@@ -10,15 +10,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
+use super::origins::Origin;
 use super::pulse::Pulse;
 use super::record::{Record, Tally};
 use crate::error::Error;
 
 /// A visitor's request body on its way to the origin.
 pub(super) struct Upload {
-    incoming: Incoming,
+    /// None where there is no body.
+    incoming: Option<Incoming>,
     tally: Arc<Tally>,
     pulse: Arc<Pulse>,
     /// Ready when the body may be sent: hyper says `100 Continue` to the visitor
@@ -28,7 +30,12 @@ pub(super) struct Upload {
 
 impl Upload {
     pub(super) fn new(incoming: Incoming, tally: Arc<Tally>, pulse: Arc<Pulse>) -> Self {
-        Self { incoming, tally, pulse, gate: None }
+        Self { incoming: Some(incoming), tally, pulse, gate: None }
+    }
+
+    /// The same without a body, of which there was none.
+    pub(super) fn empty_again(&self) -> Self {
+        Self { incoming: None, tally: Arc::clone(&self.tally), pulse: Arc::clone(&self.pulse), gate: None }
     }
 
     /// Keeps the body back until `go`, or until `wait` has passed: not every
@@ -50,7 +57,8 @@ impl HttpBody for Upload {
             self.gate = None;
             self.tally.touch();
         }
-        let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) else {
+        let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
+        let Poll::Ready(frame) = Pin::new(incoming).poll_frame(cx) else {
             self.tally.await_visitor();
             self.pulse.upload_waits(cx.waker());
             return Poll::Pending;
@@ -72,19 +80,20 @@ impl HttpBody for Upload {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.is_end_stream()
+        self.incoming.as_ref().is_none_or(Incoming::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
+        self.incoming.as_ref().map_or(SizeHint::with_exact(0), Incoming::size_hint)
     }
 }
 
 /// An answer's body on its way to the visitor. Dropping it ends the request.
 pub(super) struct Body {
     source: Source,
-    /// Ends the connection to the origin. Above `record`: dropped first.
-    origin: Option<DropGuard>,
+    /// The connection that it comes over: closed, unless the body ends in order.
+    /// Above `record`: dropped first.
+    origin: Option<Origin>,
     record: Option<Record>,
     /// Where an end of the connection would pass for the body's end: what to
     /// tell that it must be a reset.
@@ -107,8 +116,8 @@ impl Body {
         Self::of(if page.is_empty() { Source::Empty } else { Source::Page(page) })
     }
 
-    /// The origin's body; `origin` ends the connection that it comes over.
-    pub(super) fn origin(incoming: Incoming, origin: DropGuard) -> Self {
+    /// The origin's body and the connection that it comes over.
+    pub(super) fn origin(incoming: Incoming, origin: Origin) -> Self {
         Self { source: Source::Origin(incoming), origin: Some(origin), record: None, unframed: None }
     }
 
@@ -138,7 +147,9 @@ impl Body {
         if let Some(mut record) = self.record.take() {
             record.complete();
         }
-        self.origin = None;
+        if let Some(origin) = self.origin.take() {
+            origin.give_back();
+        }
     }
 
     /// The origin's body broke off: so must ours, visibly.

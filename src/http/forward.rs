@@ -5,26 +5,25 @@
 use std::sync::Arc;
 
 use hyper::body::{Body as _, Incoming};
-use hyper::client::conn::http1;
 use hyper::header::{CONTENT_LENGTH, EXPECT, HeaderValue, UPGRADE};
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
-use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::answer::{self, Asker, Form};
 use super::body::{Body, Upload};
 use super::headers::{self, Authority, Rewrite};
-use super::io::OriginIo;
+use super::origin_tls;
+use super::origins::{Key, Origin};
 use super::record::{Record, Tally};
 use super::upgrade::Upgrade;
-use super::{Chain, Connection, Dial, Http};
+use super::{Chain, Connection, Dial, Http, Protocol};
+use crate::dial::Way;
 use crate::error::Error;
 use crate::model::SocketType;
 use crate::routes::{Route, Routes};
-use crate::stream::Stream;
 
 /// An answer, and the upgrade that follows it where it is a 101.
 struct Answer {
@@ -45,18 +44,21 @@ impl From<Response<Body>> for Answer {
     }
 }
 
-/// A connection to an origin, made for one request.
-struct OriginConnection {
-    requests: http1::SendRequest<Upload>,
-    /// Ends the connection.
-    guard: DropGuard,
+/// How a connection to an origin is come by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    /// A kept one where there is one; for what must not be sent twice none that
+    /// has waited.
+    Any { repeatable: bool },
+    /// A new one.
+    Dialing,
 }
 
 impl<D: Dial> Http<D> {
     /// Answers one request.
     pub(super) async fn request(
         &self,
-        connection: &Connection,
+        connection: &Arc<Connection>,
         request: Request<Incoming>,
         mut record: Record,
     ) -> Response<Body> {
@@ -90,7 +92,7 @@ impl<D: Dial> Http<D> {
 
     async fn answer(
         &self,
-        connection: &Connection,
+        connection: &Arc<Connection>,
         asker: &Asker<'_>,
         mut parts: Parts,
         upload: Upload,
@@ -125,6 +127,7 @@ impl<D: Dial> Http<D> {
                 id: asker.id,
                 upgrade: wanted.filter(|_| visitor_side.is_some()),
                 chunked: !upload.is_end_stream() && upload.size_hint().exact().is_none(),
+                keep: self.origins.keeps(),
             },
         );
         if upload.is_end_stream() && matches!(parts.method, Method::POST | Method::PUT | Method::PATCH) {
@@ -137,13 +140,12 @@ impl<D: Dial> Http<D> {
         *request.headers_mut() = parts.headers;
         self.expect(&mut request, parts.version);
 
-        let origin = self.connect(connection, &route, &host, record).await?;
-        self.forward(origin, request, visitor_side, record).await
+        self.forward(connection, &route, &host, request, visitor_side, record).await
     }
 
     /// The socket that a request for `host` on this connection reaches. What is
     /// not reachable here answers as what does not exist.
-    fn route(&self, connection: &Connection, host: &str) -> Result<Arc<Route>, Error> {
+    fn route(&self, connection: &Arc<Connection>, host: &str) -> Result<Arc<Route>, Error> {
         if let Some(tls) = &connection.via.tls
             && !Routes::same_name(tls.sni.as_ref(), host)
             && !(tls.covers)(host)
@@ -176,55 +178,84 @@ impl<D: Dial> Http<D> {
         });
     }
 
-    /// A fresh connection to the origin.
+    /// A connection to the origin, kept or new.
     async fn connect(
         &self,
         connection: &Connection,
         route: &Arc<Route>,
         host: &str,
+        by: By,
         record: &mut Record,
-    ) -> Result<OriginConnection, Error> {
-        let dialed = self.dialer.dial(route, &connection.visitor).await?;
-        record.tunnel = Some(dialed.tunnel);
-        record.console = dialed.console;
-        let stream = match route.socket.kind {
-            SocketType::Https => self.origin_tls.connect(dialed.stream, &route.socket, host).await?,
-            _ => dialed.stream,
-        };
-        self.handshake(stream).await
-    }
-
-    async fn handshake(&self, stream: Stream) -> Result<OriginConnection, Error> {
-        let mut builder = http1::Builder::new();
-        builder.max_headers(self.settings.headers_max).max_buf_size(self.buffer_max());
-        let io = TokioIo::new(OriginIo::new(stream));
-        let (requests, driver) = builder.handshake(io).await.map_err(|_| Error::OriginReset)?;
-        let stop = CancellationToken::new();
-        let guard = stop.clone().drop_guard();
-        self.tracker.spawn(async move {
-            tokio::select! {
-                end = driver.with_upgrades() => if let Err(error) = end {
-                    tracing::debug!(error = %Chain(&error), "a connection to an origin ended in an error");
-                },
-                // Dropped, it closes the way through the tunnel.
-                () = stop.cancelled() => {}
+    ) -> Result<Origin, Error> {
+        let ways = self.dialer.ways(route);
+        let first = ways.first().ok_or(Error::NoTunnel)?;
+        let tls = match route.socket.kind {
+            SocketType::Https => {
+                Some((origin_tls::server_name(&route.socket, host)?, route.socket.upstream.tls.verify))
             }
-        });
-        Ok(OriginConnection { requests, guard })
+            _ => None,
+        };
+        let key = Key { way: first.id(), tls };
+        if let By::Any { repeatable } = by {
+            let own = connection.own.lock().take_if(|own| own.reaches(ways.iter().map(|way| way.id()), &key));
+            if let Some(origin) = own.or_else(|| self.origins.take(&key, repeatable)) {
+                if let Some(way) = ways.iter().find(|way| way.id() == origin.way()) {
+                    record.goes(&**way);
+                }
+                metrics::counter!("adit_origin_requests_total", "connection" => "kept").increment(1);
+                return Ok(origin);
+            }
+        }
+        metrics::counter!("adit_origin_requests_total", "connection" => "new").increment(1);
+        let dialed = self.dialer.dial(ways, &connection.visitor).await?;
+        record.goes(&*dialed.way);
+        let key = Key { way: dialed.way.id(), ..key };
+        let stream = match &key.tls {
+            Some((name, _)) => self.origin_tls.connect(dialed.stream, &route.socket, name.clone()).await?,
+            None => dialed.stream,
+        };
+        self.origins.handshake(stream, key).await
     }
 
-    /// Sends the request and makes the origin's answer the visitor's.
+    /// Sends the request, twice where the first connection ended under it and
+    /// that is safe (RFC 9110 §9.2.2), and makes the origin's answer the visitor's.
     async fn forward(
         &self,
-        mut origin: OriginConnection,
+        connection: &Arc<Connection>,
+        route: &Arc<Route>,
+        host: &str,
         request: Request<Upload>,
         visitor_side: Option<OnUpgrade>,
         record: &mut Record,
     ) -> Result<Answer, Error> {
-        record.tally.touch();
-        let answered = origin.requests.send_request(request);
-        let mut response = self.first_byte(answered, &record.tally).await?;
+        record.place = Some(self.dialer.admit(route)?);
+        let again = again(&request);
+        let by = By::Any { repeatable: again.is_some() };
+        let mut origin = self.connect(connection, route, host, by, record).await?;
+        let response = match self.send(&mut origin, request, &record.tally).await {
+            Ok(response) => response,
+            Err((error, unsent)) => {
+                let ended = (error == Error::OriginReset && origin.reused()) || error == Error::TunnelLost;
+                let request = unsent.map(|unsent| *unsent).or(again).filter(|_| ended).ok_or(error)?;
+                drop(origin);
+                metrics::counter!("adit_origin_retries_total").increment(1);
+                origin = self.connect(connection, route, host, By::Dialing, record).await?;
+                self.send(&mut origin, request, &record.tally).await.map_err(|(error, _)| error)?
+            }
+        };
         record.answered();
+        // HTTP/2 streams share a visitor's connection, and so cannot own another.
+        let owner = Some(connection).filter(|c| c.via.protocol == Protocol::Http1);
+        origin.learn(response.headers(), owner);
+        Self::answer_of(origin, response, visitor_side)
+    }
+
+    /// Makes the origin's answer the visitor's.
+    fn answer_of(
+        origin: Origin,
+        mut response: Response<Incoming>,
+        visitor_side: Option<OnUpgrade>,
+    ) -> Result<Answer, Error> {
         let received = response.version();
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             // An answer to a question that was not asked would turn what the
@@ -237,23 +268,27 @@ impl<D: Dial> Http<D> {
             head.headers.remove(CONTENT_LENGTH);
             head.headers.insert(hyper::header::CONNECTION, HeaderValue::from_static("upgrade"));
             head.headers.insert(UPGRADE, protocol);
-            let switch = Switch { visitor, origin: origin_side, guard: origin.guard };
+            let switch = Switch { visitor, origin: origin_side, guard: origin.into_guard() };
             return Ok(Answer { response: Response::from_parts(head, Body::empty()), switch: Some(switch) });
         }
         let (mut head, incoming) = response.into_parts();
         headers::rewrite_response(&mut head.headers, received);
         head.version = Version::HTTP_11;
-        Ok(Response::from_parts(head, Body::origin(incoming, origin.guard)).into())
+        Ok(Response::from_parts(head, Body::origin(incoming, origin)).into())
     }
 
-    /// Waits for the head of the origin's answer: for the first byte deadline,
-    /// counted from the last progress of the upload, where the origin owes the
-    /// next step, and as long as a body may pause where the visitor does.
-    async fn first_byte(
+    /// Sends a request and waits for the head of the origin's answer: for the
+    /// first byte deadline, counted from the last progress of the upload, where
+    /// the origin owes the next step, and as long as a body may pause where the
+    /// visitor does. The request comes back where nothing of it was sent.
+    async fn send(
         &self,
-        answered: impl Future<Output = hyper::Result<Response<Incoming>>>,
+        origin: &mut Origin,
+        request: Request<Upload>,
         tally: &Tally,
-    ) -> Result<Response<Incoming>, Error> {
+    ) -> Result<Response<Incoming>, (Error, Option<Box<Request<Upload>>>)> {
+        tally.touch();
+        let answered = origin.send(request);
         let mut answered = std::pin::pin!(answered);
         let limit = self.settings.first_byte;
         loop {
@@ -264,15 +299,32 @@ impl<D: Dial> Http<D> {
             };
             let due = tally.moved() + wait;
             if due <= now {
-                return Err(late);
+                return Err((late, None));
             }
             tokio::select! {
-                answered = &mut answered => return answered.map_err(|error| unanswered(&error, tally)),
+                answered = &mut answered => {
+                    return answered.map_err(|failed| (unanswered(&failed.error, tally), failed.unsent));
+                }
                 // Who owes may change meanwhile.
                 () = tokio::time::sleep_until(due.min(now + limit)) => {}
             }
         }
     }
+}
+
+/// The request once more, if it may be sent twice and has no body that would be
+/// gone.
+fn again(request: &Request<Upload>) -> Option<Request<Upload>> {
+    let method = request.method();
+    // Idempotent, or safe and so idempotent.
+    if !request.body().is_end_stream() || !method.is_idempotent() {
+        return None;
+    }
+    let mut again = Request::new(request.body().empty_again());
+    again.method_mut().clone_from(method);
+    again.uri_mut().clone_from(request.uri());
+    again.headers_mut().clone_from(request.headers());
+    Some(again)
 }
 
 /// Why there is no answer.

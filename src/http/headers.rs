@@ -13,7 +13,8 @@ use hyper::{Method, Uri, Version};
 use crate::error::Error;
 use crate::model::{Visitor, authority_host};
 
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+/// How long a peer keeps an idle connection (RFC 2068 §19.7.1.1).
+pub const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -308,12 +309,17 @@ pub fn rewrite_request(headers: &mut HeaderMap, rewrite: &Rewrite<'_>) {
             headers.insert(UPGRADE, upgrade);
             headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         }
-        (None, true) => {
-            headers.insert(CONNECTION, HeaderValue::from_static("close, te"));
-        }
-        // The connection is made for this request alone, and the origin may know it.
-        (None, false) => {
-            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        (None, _) => {
+            let connection = match (rewrite.keep, trailers) {
+                (true, true) => Some("te"),
+                (true, false) => None,
+                // Made for this request alone, and the origin may know it.
+                (false, true) => Some("close, te"),
+                (false, false) => Some("close"),
+            };
+            if let Some(connection) = connection {
+                headers.insert(CONNECTION, HeaderValue::from_static(connection));
+            }
         }
     }
     if rewrite.chunked {
@@ -341,6 +347,8 @@ pub struct Rewrite<'a> {
     pub upgrade: Option<HeaderValue>,
     /// Whether the body's length is unknown.
     pub chunked: bool,
+    /// Whether the connection to the origin may serve another request.
+    pub keep: bool,
 }
 
 /// Makes the head of the answer to the visitor out of the origin's.
@@ -488,6 +496,7 @@ mod tests {
                 id: &id,
                 upgrade: None,
                 chunked: false,
+                keep: false,
             },
         );
         let mut left: Vec<String> = headers

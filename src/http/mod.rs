@@ -10,6 +10,7 @@ pub mod framing;
 pub mod headers;
 mod io;
 mod origin_tls;
+mod origins;
 mod pulse;
 mod record;
 mod settings;
@@ -30,6 +31,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -38,6 +40,7 @@ pub use self::settings::HttpSettings;
 
 use self::io::VisitorIo;
 use self::origin_tls::OriginTls;
+use self::origins::{Origin, Origins};
 use self::pulse::{Pulse, Then};
 use self::record::{Record, Tally};
 use crate::dial::Dial;
@@ -80,6 +83,7 @@ pub struct Http<D> {
     dialer: Arc<D>,
     settings: HttpSettings,
     origin_tls: OriginTls,
+    origins: Arc<Origins>,
     tracker: TaskTracker,
 }
 
@@ -88,6 +92,8 @@ struct Connection {
     visitor: Visitor,
     via: Via,
     pulse: Arc<Pulse>,
+    /// A connection to an origin that is authenticated as this visitor.
+    own: Mutex<Option<Origin>>,
 }
 
 impl Connection {
@@ -116,7 +122,14 @@ impl<D: Dial> Http<D> {
     /// origins) are spawned on `tracker`.
     pub fn new(routes: Arc<Routes>, dialer: Arc<D>, settings: HttpSettings, tracker: TaskTracker) -> Arc<Self> {
         let origin_tls = OriginTls::new(settings.origin_tls, settings.origin_ca_file.clone());
-        Arc::new(Self { routes, dialer, settings, origin_tls, tracker })
+        let origins = Origins::new(&settings, tracker.clone());
+        Arc::new(Self { routes, dialer, settings, origin_tls, origins, tracker })
+    }
+
+    /// Closes the connections to origins that wait for a request, and keeps no
+    /// more: for the end, when nobody is to wait for them.
+    pub fn close(&self) {
+        self.origins.close();
     }
 
     /// Serves one visitor's connection until it ends, upgraded connections
@@ -138,7 +151,7 @@ impl<D: Dial> Http<D> {
         let pulse = Arc::new(Pulse::new(protocol == Protocol::Http1));
         let io = VisitorIo::new(stream, protocol, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
         let io = TokioIo::new(io);
-        let connection = Arc::new(Connection { visitor, via, pulse });
+        let connection = Arc::new(Connection { visitor, via, pulse, own: Mutex::new(None) });
         // Children, because polling a token locks it: connections must not meet at one lock.
         let (drain, cut) = (drain.child_token(), cut.child_token());
         let http = Arc::clone(self);
@@ -171,7 +184,7 @@ impl<D: Dial> Http<D> {
             .header_read_timeout(None)
             .max_headers(self.settings.headers_max)
             .max_header_size(self.settings.head_max.0)
-            .max_buf_size(self.buffer_max());
+            .max_buf_size(self.settings.buffer_max());
         builder
     }
 
@@ -196,12 +209,6 @@ impl<D: Dial> Http<D> {
             .max_pending_accept_reset_streams(s.h2_resets_pending)
             .max_local_error_reset_streams(s.h2_resets_local);
         builder
-    }
-
-    /// What hyper may buffer per HTTP/1 connection and direction, in bytes: a
-    /// whole head, and enough to keep a fast link busy.
-    fn buffer_max(&self) -> usize {
-        self.settings.head_max.0.max(64 << 10)
     }
 
     /// Polls a visitor's connection to its end and holds it to its deadlines.

@@ -38,13 +38,17 @@ impl OriginTls {
         }
     }
 
-    /// Speaks TLS over `stream` to the origin of `socket`; `host` is what the
-    /// visitor asked for.
+    /// Speaks TLS over `stream` to the origin of `socket`, which is asked for by
+    /// this name (`server_name`).
     ///
     /// # Errors
     /// `OriginTls` where the handshake fails or takes too long.
-    pub(super) async fn connect(&self, stream: Stream, socket: &Socket, host: &str) -> Result<Stream, Error> {
-        let name = server_name(socket, host)?;
+    pub(super) async fn connect(
+        &self,
+        stream: Stream,
+        socket: &Socket,
+        name: ServerName<'static>,
+    ) -> Result<Stream, Error> {
         let connector = self.connector(socket.upstream.tls.verify).await?;
         match tokio::time::timeout(self.deadline, connector.connect(name, stream)).await {
             Ok(Ok(tls)) => Ok(Stream::other(tls)),
@@ -96,7 +100,10 @@ fn connector(mut config: ClientConfig) -> TlsConnector {
 
 /// The name for SNI and verification: the one set for TLS, else the one set as
 /// `Host`, else the visitor's.
-fn server_name(socket: &Socket, host: &str) -> Result<ServerName<'static>, Error> {
+///
+/// # Errors
+/// `OriginTls` where that is no name.
+pub(super) fn server_name(socket: &Socket, host: &str) -> Result<ServerName<'static>, Error> {
     let upstream = &socket.upstream;
     let name = match (&upstream.tls.server_name, &upstream.host) {
         (Some(name), _) => name.as_str().to_owned(),

@@ -10,7 +10,9 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::pulse::Pulse;
+use crate::dial::Way;
 use crate::error::Error;
+use crate::limits::Permit;
 use crate::model::{SocketId, TunnelId, Visitor};
 use crate::visit_log::{self, Sink, Visit, What};
 
@@ -141,6 +143,8 @@ pub(super) struct Record {
     pub(super) socket: Option<SocketId>,
     pub(super) tunnel: Option<TunnelId>,
     pub(super) console: Option<Arc<dyn Sink>>,
+    /// Its place among the visitors of the socket.
+    pub(super) place: Option<Permit>,
     pub(super) status: Option<u16>,
     pub(super) first_byte: Option<Duration>,
     complete: bool,
@@ -163,10 +167,17 @@ impl Record {
             socket: None,
             tunnel: None,
             console: None,
+            place: None,
             status: None,
             first_byte: None,
             complete: false,
         }
+    }
+
+    /// Which way it goes.
+    pub(super) fn goes(&mut self, way: &impl Way) {
+        self.tunnel = Some(way.tunnel().clone());
+        self.console = Some(way.console());
     }
 
     /// The head of the origin's answer has come.

@@ -42,6 +42,18 @@ pub struct HttpSettings {
     /// TLS handshake with an https origin. 10 s: three round trips through the
     /// worst tunnel, and a slow device's signature.
     pub origin_tls: Duration,
+    /// How long a connection to an origin waits for the next request; zero keeps
+    /// none. 4 s: Node.js, uvicorn and Apache close after 5. Shorter where the
+    /// origin says so (`Keep-Alive: timeout=`).
+    pub origin_idle: Duration,
+    /// How old such a connection may get. 10 min: an origin that moved is found
+    /// again within it.
+    pub origin_age: Duration,
+    /// Connections that wait, for each tunnel of a session. 32: what a page's
+    /// burst leaves behind.
+    pub origin_kept_per_tunnel: usize,
+    /// Connections that wait, in all. 10,000: some 100 MB.
+    pub origin_kept: usize,
     /// Largest head (request line and fields) of a request or an answer, in
     /// bytes; more is 431. 64 KiB: browsers with large cookies stay below 32.
     pub head_max: Bytes,
@@ -91,6 +103,10 @@ impl Default for HttpSettings {
             half_closed: Duration::from_secs(10),
             linger: Duration::from_secs(2),
             origin_tls: Duration::from_secs(10),
+            origin_idle: Duration::from_secs(4),
+            origin_age: Duration::from_secs(600),
+            origin_kept_per_tunnel: 32,
+            origin_kept: 10_000,
             head_max: Bytes(64 << 10),
             headers_max: 128,
             h2_streams: 128,
@@ -121,6 +137,10 @@ impl HttpSettings {
             half_closed: f.take("half_closed", d.half_closed),
             linger: f.take("linger", d.linger),
             origin_tls: f.take("origin_tls", d.origin_tls),
+            origin_idle: f.take("origin_idle", d.origin_idle),
+            origin_age: f.take("origin_age", d.origin_age),
+            origin_kept_per_tunnel: f.take("origin_kept_per_tunnel", d.origin_kept_per_tunnel),
+            origin_kept: f.take("origin_kept", d.origin_kept),
             head_max: f.take("head_max", d.head_max),
             headers_max: f.take("headers_max", d.headers_max),
             h2_streams: f.take("h2_streams", d.h2_streams),
@@ -136,6 +156,12 @@ impl HttpSettings {
         };
         read.check(f);
         read
+    }
+
+    /// What hyper may buffer per HTTP/1 connection and direction, in bytes: a
+    /// whole head, and enough to keep a fast link busy.
+    pub(super) fn buffer_max(&self) -> usize {
+        self.head_max.0.max(64 << 10)
     }
 
     /// Bounds that the protocols or their implementation set.

@@ -1,6 +1,9 @@
 //! Promises of the HTTP path, kept over in-memory streams: the visitor's side
 //! is raw bytes or a hyper client, the origin's a task of the test.
 
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
+
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use hyper::body::Frame;
@@ -12,8 +15,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::dial::Dialed;
-use crate::model::{Socket, SocketType};
+use crate::dial::{Dialed, Way};
+use crate::limits::Permit;
+use crate::model::{Socket, SocketType, TunnelId};
 use crate::routes::Route;
 use crate::visit_log::Sink;
 
@@ -38,15 +42,40 @@ impl Sink for Visits {
     }
 }
 
+struct FakeWay(TunnelId, Arc<Visits>);
+
+impl Way for FakeWay {
+    fn id(&self) -> u64 {
+        1
+    }
+
+    fn tunnel(&self) -> &TunnelId {
+        &self.0
+    }
+
+    fn console(&self) -> Arc<dyn Sink> {
+        Arc::clone(&self.1) as _
+    }
+}
+
 impl Dial for FakeDial {
-    async fn dial(&self, _: &Arc<Route>, _: &Visitor) -> Result<Dialed, Error> {
+    type Way = FakeWay;
+
+    fn admit(&self, route: &Route) -> Result<Permit, Error> {
+        Permit::take(&route.state.visitors, 1000).ok_or(Error::SocketLimit)
+    }
+
+    fn ways(&self, _: &Route) -> Vec<Arc<FakeWay>> {
+        vec![Arc::new(FakeWay("t".parse().unwrap(), Arc::clone(&self.visits)))]
+    }
+
+    async fn dial(&self, ways: Vec<Arc<FakeWay>>, _: &Visitor) -> Result<Dialed<FakeWay>, Error> {
         if let Some(error) = self.fails {
             return Err(error);
         }
         let (near, far) = duplex(64 << 10);
         (self.origin)(far);
-        let console: Arc<dyn Sink> = Arc::clone(&self.visits) as _;
-        Ok(Dialed { stream: Stream::other(near), tunnel: "t".parse().unwrap(), console: Some(console) })
+        Ok(Dialed { stream: Stream::other(near), way: Arc::clone(&ways[0]) })
     }
 }
 
@@ -1020,4 +1049,169 @@ async fn a_chunk_that_lies_ends_the_request_on_both_sides() {
     let seen = soon(was_seen.recv()).await.unwrap();
     assert!(!seen.ends_with("0\r\n\r\n") && !seen.contains("smuggled"), "{seen}");
     assert_eq!(world.records(1).await.len(), 1);
+}
+
+/// Origins whose connections live on: `answer` makes of each head what to say,
+/// and of its number on that connection; an empty answer ends it.
+fn lasting(answer: impl Fn(usize, usize, &str) -> String + Send + Sync + 'static) -> (World, Arc<AtomicUsize>) {
+    let connections = Arc::new(AtomicUsize::new(0));
+    let (answer, count) = (Arc::new(answer), Arc::clone(&connections));
+    let world = World::new(HttpSettings::default(), move |mut io| {
+        let (answer, connection) = (Arc::clone(&answer), count.fetch_add(1, SeqCst));
+        async move {
+            for number in 0.. {
+                let mut head = Vec::new();
+                let mut byte = [0];
+                while !head.ends_with(b"\r\n\r\n") {
+                    if !io.read(&mut byte).await.is_ok_and(|n| n > 0) {
+                        return;
+                    }
+                    head.push(byte[0]);
+                }
+                let said = answer(connection, number, &String::from_utf8_lossy(&head));
+                if said.is_empty() || io.write_all(said.as_bytes()).await.is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    (world, connections)
+}
+
+/// The body, or status where it is none of the origin's, of one request each on
+/// a visitor's connection of its own.
+async fn fetch(world: &World, method: &str, more: &str) -> String {
+    let answer = world.ask(&format!("{method} / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n{more}\r\n")).await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    if head.starts_with("HTTP/1.1 200") { body.to_owned() } else { head[9..12].to_owned() }
+}
+
+#[tokio::test]
+async fn a_connection_to_an_origin_serves_the_next_visitor() {
+    let (world, connections) = lasting(|connection, number, head| {
+        assert_eq!(head.contains("connection: close"), connection > 0, "{head}");
+        let answer = ok(&format!("{connection}.{number}"));
+        if head.starts_with("HEAD") { answer.split_inclusive("\r\n\r\n").next().unwrap().to_owned() } else { answer }
+    });
+    for number in 0..5 {
+        assert_eq!(fetch(&world, "GET", "").await, format!("0.{number}"));
+    }
+    assert_eq!(fetch(&world, "POST", "Content-Length: 0\r\n").await, "0.5");
+    assert_eq!(fetch(&world, "HEAD", "").await, "");
+    assert_eq!(fetch(&world, "GET", "").await, "0.7");
+    assert_eq!(connections.load(SeqCst), 1);
+    world.http.close();
+    assert_eq!(fetch(&world, "GET", "").await, "1.0");
+    assert_eq!(fetch(&world, "GET", "").await, "2.0", "kept after the end");
+}
+
+#[tokio::test]
+async fn requests_at_once_have_connections_of_their_own_and_all_are_kept() {
+    let (world, connections) = lasting(|_, _, _| ok("fine"));
+    let mut visitors: Vec<_> = (0..4).map(|_| world.plain()).collect();
+    for _ in 0..2 {
+        for visitor in &mut visitors {
+            visitor.write_all(get("a.test", "").as_bytes()).await.unwrap();
+        }
+        for visitor in &mut visitors {
+            assert!(read_until(visitor, "fine").await.ends_with("fine"));
+        }
+    }
+    assert!((2..=4).contains(&connections.load(SeqCst)), "{connections:?}");
+}
+
+#[tokio::test]
+async fn what_the_origin_does_not_want_kept_is_not() {
+    for answer in [
+        "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 4\r\n\r\nfine",
+        "HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\nfine",
+        "HTTP/1.1 200 OK\r\nKeep-Alive: timeout=1, max=9\r\nContent-Length: 4\r\n\r\nfine",
+        // Bytes that nobody asked for would be the next visitor's answer.
+        "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfineHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil",
+    ] {
+        let (world, connections) = lasting(move |_, _, _| answer.to_owned());
+        for n in 1..4 {
+            assert_eq!(fetch(&world, "GET", "").await, "fine", "{answer}");
+            assert_eq!(connections.load(SeqCst), n, "{answer}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_met_a_closing_connection_is_sent_again_where_that_is_safe() {
+    // Serves one request a connection and ends it at the second, unanswered.
+    let closing =
+        || lasting(|connection, number, _| if number == 0 { ok(&connection.to_string()) } else { String::new() });
+    for method in ["GET", "HEAD", "OPTIONS", "DELETE", "PUT"] {
+        let (world, connections) = closing();
+        fetch(&world, method, "").await;
+        assert_ne!(fetch(&world, method, "").await, "502", "{method}");
+        assert_eq!(connections.load(SeqCst), 2, "{method}");
+    }
+    let (world, connections) = closing();
+    assert_eq!(fetch(&world, "GET", "").await, "0");
+    assert_eq!(fetch(&world, "POST", "Content-Length: 0\r\n").await, "502", "sent twice");
+    assert_eq!(connections.load(SeqCst), 1);
+    // Where the new connection fails too, that is the answer.
+    let (world, connections) = lasting(|connection, _, _| if connection == 0 { ok("0") } else { String::new() });
+    assert_eq!(fetch(&world, "GET", "").await, "0");
+    assert_eq!(fetch(&world, "GET", "").await, "0");
+    let (failing, dialed) =
+        lasting(|connection, number, _| if (connection, number) == (0, 0) { ok("0") } else { String::new() });
+    assert_eq!(fetch(&failing, "GET", "").await, "0");
+    assert_eq!(fetch(&failing, "GET", "").await, "502");
+    assert_eq!((connections.load(SeqCst), dialed.load(SeqCst)), (1, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_must_not_be_sent_twice_takes_no_connection_that_has_waited() {
+    let (world, connections) = lasting(|connection, _, _| ok(&connection.to_string()));
+    assert_eq!(fetch(&world, "GET", "").await, "0");
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(fetch(&world, "POST", "Content-Length: 0\r\n").await, "1");
+    assert_eq!(fetch(&world, "GET", "").await, "1", "the one used last");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(fetch(&world, "GET", "").await, "2", "all have waited too long");
+    assert_eq!(connections.load(SeqCst), 3);
+}
+
+#[tokio::test]
+async fn a_connection_whose_answer_was_not_read_is_closed() {
+    let (world, connections) = lasting(|_, _, head| {
+        let large = head.starts_with("GET /large");
+        if large {
+            format!("HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n{}", "x".repeat(200_000))
+        } else {
+            ok("fine")
+        }
+    });
+    let mut io = world.plain();
+    io.write_all(b"GET /large HTTP/1.1\r\nHost: a.test\r\n\r\n").await.unwrap();
+    read_until(&mut io, "xxxx").await;
+    drop(io);
+    world.records(1).await;
+    assert_eq!(fetch(&world, "GET", "").await, "fine");
+    assert_eq!(connections.load(SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_authenticated_serves_its_own_visitor_alone() {
+    let challenge = "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: NTLM x\r\nContent-Length: 0\r\n\r\n";
+    let (world, _) = lasting(move |connection, number, _| match number {
+        0 if connection == 0 => challenge.to_owned(),
+        _ => ok(&format!("<{connection}.{number}>")),
+    });
+    let mut own = world.plain();
+    let ask = async |io: &mut DuplexStream, more: &str, end: &str| {
+        io.write_all(get("a.test", more).as_bytes()).await.unwrap();
+        read_until(io, end).await.rsplit('<').next().unwrap_or_default().to_owned()
+    };
+    ask(&mut own, "Authorization: NTLM a\r\n", "\r\n\r\n").await;
+    assert_eq!(ask(&mut own, "Authorization: NTLM b\r\n", ">").await, "0.1>");
+    assert_eq!(fetch(&world, "GET", "").await, "<1.0>");
+    assert_eq!(ask(&mut own, "", ">").await, "0.2>", "without a word of it, still the same");
+    assert_eq!(fetch(&world, "GET", "").await, "<1.1>");
+    drop(own);
+    assert_eq!(fetch(&world, "GET", "Authorization: Negotiate a\r\n").await, "<1.2>");
+    assert_eq!(fetch(&world, "GET", "").await, "<2.0>", "what a visitor authenticated served another");
 }

@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use super::hello::{self, Hello};
 use super::{Door, Ingress};
-use crate::dial::Dial;
+use crate::dial::{Dial, Way};
 use crate::drain::Stages;
 use crate::error::Error;
 use crate::http::{Protocol, Tls, Via};
@@ -114,10 +114,15 @@ impl Ingress {
             error: None,
         };
         let mut console: Option<Arc<dyn Sink>> = None;
-        match self.parts.dialer.dial(route, visitor).await {
-            Ok(dialed) => {
-                visit.tunnel = Some(dialed.tunnel);
-                console = dialed.console;
+        let dialer = &self.parts.dialer;
+        let dialed = async {
+            let place = dialer.admit(route)?;
+            Ok((place, dialer.dial(dialer.ways(route), visitor).await?))
+        };
+        match dialed.await {
+            Ok((_place, dialed)) => {
+                visit.tunnel = Some(dialed.way.tunnel().clone());
+                console = Some(dialed.way.console());
                 let before = start.elapsed();
                 let relayed = relay(stream, dialed.stream, &self.parts.relay, &self.parts.stages.cut).await;
                 visit.bytes_up = relayed.up;

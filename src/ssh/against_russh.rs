@@ -220,7 +220,7 @@ async fn play(doings: &[Doing], pieces: Vec<usize>) {
     let mut sides: Vec<[(mpsc::UnboundedSender<Step>, JoinHandle<Side>); 2]> = Vec::new();
     let to = To::Tcp("web", 80, "192.0.2.1:4000".parse().unwrap());
     for number in 0..CHANNELS {
-        let stream = link.open(to, Vec::new()).await.unwrap();
+        let stream = link.open(to, None).await.unwrap();
         let channel = channels.recv().await.unwrap();
         let ((tell_here, hear_here), (tell_there, hear_there)) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
         sides.push([
@@ -245,7 +245,7 @@ async fn play(doings: &[Doing], pieces: Vec<usize>) {
         }
     }
     // The session lives.
-    let mut stream = link.open(to, Vec::new()).await.unwrap();
+    let mut stream = link.open(to, None).await.unwrap();
     let channel = channels.recv().await.unwrap();
     channel.data_bytes("still here").await.unwrap();
     let mut word = [0; 10];

@@ -120,11 +120,11 @@ struct Channel {
     /// May write one packet although others wait.
     granted: bool,
     /// Until nobody here uses it.
-    permits: Vec<Permit>,
+    permit: Option<Permit>,
 }
 
 impl Channel {
-    fn new(kind: Kind, window: usize, now: Instant, permits: Vec<Permit>) -> Self {
+    fn new(kind: Kind, window: usize, now: Instant, permit: Option<Permit>) -> Self {
         Self {
             kind,
             peer: None,
@@ -146,7 +146,7 @@ impl Channel {
             writer: None,
             queued: false,
             granted: false,
-            permits,
+            permit,
         }
     }
 
@@ -507,7 +507,7 @@ impl Core {
             return Ok(());
         }
         let kind = Kind::Console { pty: false, shown: false };
-        let mut channel = Channel::new(kind, WINDOW_MIN, self.now, Vec::new());
+        let mut channel = Channel::new(kind, WINDOW_MIN, self.now, None);
         // Nobody uses it before a shell is asked for.
         (channel.peer, channel.room, channel.packet, channel.left) = (Some(peer), room, packet.min(DATA_BYTES), true);
         self.channels.sessions += 1;
@@ -566,7 +566,7 @@ impl Core {
 /// What this side does with channels.
 impl Core {
     /// Asks the peer for a channel; the end of its `poll_opened` says what came.
-    pub(super) fn open(&mut self, to: To<'_>, permits: Vec<Permit>) -> Result<u32, OpenError> {
+    pub(super) fn open(&mut self, to: To<'_>, permit: Option<Permit>) -> Result<u32, OpenError> {
         if self.ended.is_some() {
             return Err(OpenError::Lost);
         }
@@ -574,7 +574,7 @@ impl Core {
             return Err(OpenError::Full);
         }
         let window = self.channels.first_window();
-        let id = self.channels.insert(Channel::new(Kind::Visitor, window, self.now, permits));
+        let id = self.channels.insert(Channel::new(Kind::Visitor, window, self.now, permit));
         self.send(|out| {
             out.put_u8(msg::CHANNEL_OPEN);
             out.put_string(match to {
@@ -788,7 +788,7 @@ impl Core {
     pub(super) fn leave(&mut self, id: u32) {
         let Some(channel) = self.channels.get(id) else { return };
         channel.left = true;
-        channel.permits.clear();
+        channel.permit = None;
         channel.queued = false;
         (channel.reader, channel.writer) = (None, None);
         let waiting = channel.inbox.len();

@@ -65,7 +65,7 @@ impl Link {
         done
     }
 
-    /// Asks the peer for a channel to `to`. The permits are held until the
+    /// Asks the peer for a channel to `to`. The permit is held until the
     /// channel's end on both sides.
     ///
     /// # Errors
@@ -73,10 +73,10 @@ impl Link {
     ///
     /// # Cancel safety
     /// A channel that opens after the caller has left is closed.
-    pub async fn open(self: &Arc<Self>, to: To<'_>, permits: Vec<Permit>) -> Result<ChannelStream, OpenError> {
+    pub async fn open(self: &Arc<Self>, to: To<'_>, permit: Option<Permit>) -> Result<ChannelStream, OpenError> {
         let stream = self.with(|core| {
             core.now = now();
-            Ok(ChannelStream { link: Arc::clone(self), id: core.open(to, permits)? })
+            Ok(ChannelStream { link: Arc::clone(self), id: core.open(to, permit)? })
         })?;
         std::future::poll_fn(|cx| self.with(|core| core.poll_opened(stream.id, cx))).await?;
         Ok(stream)

@@ -98,7 +98,7 @@ pub fn session(bytes: &[u8]) {
         rest = after;
         let id = u32::from(payload.first().copied().unwrap_or_default());
         match what % 8 {
-            0 => drop(core.open(To::Path("x"), Vec::new())),
+            0 => drop(core.open(To::Path("x"), None)),
             1 => drop(core.poll_write(id, &mut cx, payload)),
             2 => drop(core.poll_read(id, &mut cx, 1 << 20)),
             3 => core.leave(id),

@@ -31,7 +31,7 @@ impl Peer {
 
     /// An open channel whose number at the peer is 1000 more than ours.
     fn channel(&mut self, room: u32) -> u32 {
-        let id = self.core.open(To::Path("x"), Vec::new()).unwrap();
+        let id = self.core.open(To::Path("x"), None).unwrap();
         self.confirms(id, room).unwrap();
         id
     }
@@ -222,7 +222,7 @@ fn a_visitor_who_leaves_gives_all_back_even_where_the_peer_never_closes() {
     let outstanding = Arc::clone(&peer.core.config.outstanding);
     let count = Arc::new(AtomicUsize::new(0));
     let permit = crate::limits::Permit::take(&count, 1).unwrap();
-    let id = peer.core.open(To::Path("x"), vec![permit]).unwrap();
+    let id = peer.core.open(To::Path("x"), Some(permit)).unwrap();
     peer.confirms(id, 1 << 20).unwrap();
     peer.sends(id, &[0; 1000]).unwrap();
     peer.core.leave(id);
@@ -230,7 +230,7 @@ fn a_visitor_who_leaves_gives_all_back_even_where_the_peer_never_closes() {
     peer.sends(id, &[0; 1000]).unwrap();
     peer.about(msg::CHANNEL_CLOSE, id).unwrap();
     assert_eq!(outstanding.load(Ordering::Relaxed), 0);
-    assert_eq!(peer.core.open(To::Path("x"), Vec::new()), Ok(id), "its number is free again");
+    assert_eq!(peer.core.open(To::Path("x"), None), Ok(id), "its number is free again");
 }
 
 #[test]

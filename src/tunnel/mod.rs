@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use dashmap::DashMap;
@@ -31,13 +31,12 @@ use crate::error::Error;
 use crate::feed::Feed;
 use crate::feed::records::Records;
 use crate::fields::{Bytes, Fields};
-use crate::limits::{PerAddress, Permit};
+use crate::limits::PerAddress;
 use crate::metrics::Present;
 use crate::model::{AuthorizedKey, SocketType, Tunnel, TunnelId, Visitor};
 use crate::routes::Routes;
 use crate::stream::Stream;
 use crate::text_field;
-use crate::visit_log::Sink;
 
 /// Who may register what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -224,6 +223,8 @@ impl SshSettings {
 
 /// A tunnel as one session serves it.
 pub struct Attachment {
+    /// Its number, which no other of this node ever has.
+    pub id: u64,
     /// The session.
     pub session: Arc<Session>,
     /// Which tunnel.
@@ -232,13 +233,6 @@ pub struct Attachment {
     pub bind: Bind,
     /// The record under which the session was last found entitled.
     entitled: Mutex<Arc<Tunnel>>,
-}
-
-impl Attachment {
-    /// The console that shows this session's visits.
-    pub fn console(&self) -> Arc<dyn Sink> {
-        Arc::clone(&self.session.console) as Arc<dyn Sink>
-    }
 }
 
 /// Keeps a tunnel attached to a session; dropping it detaches.
@@ -357,13 +351,8 @@ impl Tunnels {
     ///
     /// # Errors
     /// `OriginRefused`, `TunnelSilent`, `TunnelLost`, `TunnelLimit`.
-    pub async fn open(
-        &self,
-        attachment: &Attachment,
-        visitor: &Visitor,
-        permits: Vec<Permit>,
-    ) -> Result<Stream, Error> {
-        attachment.session.open(self, &attachment.bind, visitor, permits).await
+    pub async fn open(&self, attachment: &Attachment, visitor: &Visitor) -> Result<Stream, Error> {
+        attachment.session.open(self, &attachment.bind, visitor).await
     }
 
     /// An open through this session is slow.
@@ -386,6 +375,7 @@ impl Tunnels {
     /// as silent standbys, and both are told.
     fn attach(self: &Arc<Self>, session: &Arc<Session>, tunnel: &Arc<Tunnel>, bind: Bind) -> Attached {
         let attachment = Arc::new(Attachment {
+            id: self.next_id.fetch_add(1, Ordering::Relaxed),
             session: Arc::clone(session),
             tunnel: tunnel.id.clone(),
             bind,

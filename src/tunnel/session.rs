@@ -136,15 +136,14 @@ impl Session {
         tunnels: &Tunnels,
         bind: &Bind,
         visitor: &Visitor,
-        mut permits: Vec<Permit>,
     ) -> Result<Stream, Error> {
         let settings = &tunnels.settings;
-        permits.push(Permit::take(&self.channels, settings.connections_per_tunnel).ok_or(Error::TunnelLimit)?);
+        let permit = Permit::take(&self.channels, settings.connections_per_tunnel).ok_or(Error::TunnelLimit)?;
         let to = match bind {
             Bind::Tcp(address, port) => To::Tcp(address, *port, visitor.addr),
             Bind::Path(path) => To::Path(path),
         };
-        match timeout(settings.open_deadline, self.link.open(to, permits)).await {
+        match timeout(settings.open_deadline, self.link.open(to, Some(permit))).await {
             Ok(Ok(stream)) => Ok(Stream::other(stream)),
             Ok(Err(OpenError::Refused)) => Err(Error::OriginRefused),
             Ok(Err(OpenError::Full)) => Err(Error::TunnelLimit),

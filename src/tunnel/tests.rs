@@ -130,7 +130,7 @@ async fn a_way_that_opened_for_a_caller_who_left_is_closed() {
     let door = Door::open(SshSettings::default()).await;
     let mut client = door.usual_client().await;
     let (attachment, visitor) = (door.candidate(), visitor());
-    let mut open = Box::pin(door.tunnels.open(&attachment, &visitor, Vec::new()));
+    let mut open = Box::pin(door.tunnels.open(&attachment, &visitor));
     // Asked for, and then answered while nobody looks, as where another tunnel
     // was faster.
     let early = open.as_mut().now_or_never();
@@ -169,7 +169,7 @@ async fn gos_client_keeps_the_answer_however_late_its_banner_comes() {
     });
     let mut client = door.client("SSH-2.0-Go", near).await;
     let (attachment, visitor) = (door.candidate(), visitor());
-    let mut stream = door.tunnels.open(&attachment, &visitor, Vec::new()).await.unwrap();
+    let mut stream = door.tunnels.open(&attachment, &visitor).await.unwrap();
     let mut channel = timeout(SOON, client.channels.recv()).await.unwrap().unwrap();
     stream.write_all(b"question").await.unwrap();
     stream.shutdown().await.unwrap();

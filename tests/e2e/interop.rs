@@ -122,7 +122,8 @@ async fn openssh_logs_in_with_a_certificate() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn openssh_takes_each_host_key() {
-    let (node, origin) = (Node::with(NodeOpts::default().set("ssh", "ecdsa_host_key = true")).await, Origin::raw().await);
+    let (node, origin) =
+        (Node::with(NodeOpts::default().set("ssh", "ecdsa_host_key = true")).await, Origin::raw().await);
     for algorithm in ["ssh-ed25519", "ecdsa-sha2-nistp256"] {
         let says = format!("Server host key: {algorithm} ");
         openssh_moves(&node, &origin, None, &[&format!("HostKeyAlgorithms={algorithm}")], &[&says]).await;

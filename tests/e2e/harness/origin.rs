@@ -33,6 +33,8 @@ pub struct Origin {
     pub certificate: Option<String>,
     /// Connections accepted so far.
     pub accepted: Arc<AtomicUsize>,
+    /// HTTP requests so far.
+    pub requests: Arc<AtomicUsize>,
     /// What raw connections that ended on their own report: `exact N`, or what was wrong.
     pub reports: mpsc::UnboundedReceiver<String>,
     task: tokio::task::JoinHandle<()>,
@@ -104,22 +106,29 @@ impl Origin {
         let (certificate, acceptor) = tls.map(self_signed).unzip();
         let accepted = Arc::<AtomicUsize>::default();
         let (report, reports) = mpsc::unbounded_channel();
-        let count = Arc::clone(&accepted);
+        let requests = Arc::<AtomicUsize>::default();
+        let (count, asked) = (Arc::clone(&accepted), Arc::clone(&requests));
         let task = tokio::spawn(async move {
             // Dropped with the task: no connection outlives its origin.
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((tcp, _)) = listener.accept().await {
                 count.fetch_add(1, Ordering::Relaxed);
                 let _ = tcp.set_nodelay(true);
-                connections.spawn(serve(kind, tcp, acceptor.clone(), report.clone()));
+                connections.spawn(serve(kind, tcp, acceptor.clone(), report.clone(), Arc::clone(&asked)));
                 while connections.try_join_next().is_some() {}
             }
         });
-        Self { addr, certificate, accepted, reports, task }
+        Self { addr, certificate, accepted, requests, reports, task }
     }
 }
 
-async fn serve(kind: Kind, tcp: TcpStream, tls: Option<TlsAcceptor>, report: mpsc::UnboundedSender<String>) {
+async fn serve(
+    kind: Kind,
+    tcp: TcpStream,
+    tls: Option<TlsAcceptor>,
+    report: mpsc::UnboundedSender<String>,
+    requests: Arc<AtomicUsize>,
+) {
     let io: Io = match tls {
         None => Box::new(tcp),
         Some(tls) => match tls.accept(tcp).await {
@@ -130,7 +139,11 @@ async fn serve(kind: Kind, tcp: TcpStream, tls: Option<TlsAcceptor>, report: mps
     match kind {
         Kind::Http => {
             let http = hyper::server::conn::http1::Builder::new();
-            let _ = http.serve_connection(TokioIo::new(io), service_fn(answer)).with_upgrades().await;
+            let service = service_fn(|request| {
+                requests.fetch_add(1, Ordering::Relaxed);
+                answer(request)
+            });
+            let _ = http.serve_connection(TokioIo::new(io), service).with_upgrades().await;
         }
         Kind::Raw => {
             let _ = raw(io, &report).await;
