@@ -4,8 +4,8 @@
 
 use bytes::Bytes;
 use hyper::header::{
-    ACCEPT, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION,
-    RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
+    ACCEPT, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderMap, HeaderName,
+    HeaderValue, LOCATION, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{Method, Response, StatusCode, Version};
 
@@ -25,6 +25,8 @@ pub(super) struct Asker<'a> {
     pub(super) version: Version,
     /// Its `Accept`, as far as it has one.
     pub(super) accept: Form,
+    /// Its content type, where it is a gRPC call.
+    pub(super) grpc: Option<&'a HeaderValue>,
     /// Its id.
     pub(super) id: &'a HeaderValue,
 }
@@ -80,6 +82,9 @@ pub(super) fn redirect(asker: &Asker<'_>, host: &str, port: u16, target: &str) -
 }
 
 fn page(asker: &Asker<'_>, status: StatusCode, label: &str, fault: Fault, text: &str) -> Response<Body> {
+    if let Some(kind) = asker.grpc {
+        return trailers_only(asker, kind, grpc_status(status), text);
+    }
     let id = asker.id.to_str().unwrap_or_default();
     let title = status.canonical_reason().unwrap_or("Error");
     let (kind, content) = match asker.accept {
@@ -104,6 +109,46 @@ fn page(asker: &Asker<'_>, status: StatusCode, label: &str, fault: Fault, text: 
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(X_REQUEST_ID, asker.id.clone());
     response
+}
+
+/// A failed gRPC call: HTTP's own status tells such a client nothing (gRPC over
+/// HTTP/2, "Trailers-Only").
+fn trailers_only(asker: &Asker<'_>, kind: &HeaderValue, status: u16, text: &str) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, kind.clone());
+    headers.insert(GRPC_STATUS, HeaderValue::from(status));
+    if let Ok(message) = HeaderValue::from_str(text) {
+        headers.insert(GRPC_MESSAGE, message);
+    }
+    headers.insert(X_REQUEST_ID, asker.id.clone());
+    response
+}
+
+/// What a gRPC call that broke off ends with.
+pub(super) fn trailers(error: Error) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    trailers.insert(GRPC_STATUS, HeaderValue::from(UNAVAILABLE));
+    trailers.insert(GRPC_MESSAGE, HeaderValue::from_static(error.text()));
+    trailers
+}
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+const UNAVAILABLE: u16 = 14;
+
+/// gRPC's word for a status of HTTP ("HTTP to gRPC Status Code Mapping"); a
+/// gateway that waited in vain is a deadline exceeded.
+fn grpc_status(status: StatusCode) -> u16 {
+    match status.as_u16() {
+        400 | 431 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        408 | 504 => 4,
+        429 | 502 | 503 => UNAVAILABLE,
+        _ => 2,
+    }
 }
 
 fn html(status: StatusCode, title: &str, text: &str, id: &str) -> String {
@@ -231,7 +276,7 @@ mod tests {
         let id = HeaderValue::from_static("a&b'c");
         let page = html(StatusCode::BAD_GATEWAY, "<b>", "\"x\"", id.to_str().unwrap());
         assert!(page.contains("&lt;b&gt;") && page.contains("&quot;x&quot;") && page.contains("a&amp;b&#39;c"));
-        let asker = Asker { method: &Method::GET, version: Version::HTTP_11, accept: Form::Json, id: &id };
+        let asker = Asker { method: &Method::GET, version: Version::HTTP_11, accept: Form::Json, grpc: None, id: &id };
         let response = failed(&asker, Error::NoTunnel);
         assert_eq!(response.status(), 503);
         assert_eq!(response.headers()["retry-after"], "5");

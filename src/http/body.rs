@@ -12,6 +12,7 @@ use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio_util::sync::CancellationToken;
 
+use super::answer;
 use super::origins::Origin;
 use super::pulse::Pulse;
 use super::record::{Record, Tally};
@@ -98,6 +99,8 @@ pub(super) struct Body {
     /// Where an end of the connection would pass for the body's end: what to
     /// tell that it must be a reset.
     unframed: Option<Arc<Pulse>>,
+    /// A gRPC call's answer: breaks off with a status.
+    grpc: bool,
 }
 
 enum Source {
@@ -118,11 +121,11 @@ impl Body {
 
     /// The origin's body and the connection that it comes over.
     pub(super) fn origin(incoming: Incoming, origin: Origin) -> Self {
-        Self { source: Source::Origin(incoming), origin: Some(origin), record: None, unframed: None }
+        Self { source: Source::Origin(incoming), origin: Some(origin), record: None, unframed: None, grpc: false }
     }
 
     fn of(source: Source) -> Self {
-        Self { source, origin: None, record: None, unframed: None }
+        Self { source, origin: None, record: None, unframed: None, grpc: false }
     }
 
     /// Ties the request's account to this body.
@@ -134,6 +137,12 @@ impl Body {
     /// The visitor will take the connection's end for this body's end.
     pub(super) fn unframed(mut self, pulse: Arc<Pulse>) -> Self {
         self.unframed = Some(pulse);
+        self
+    }
+
+    /// Where it breaks off it is to end as a failed gRPC call.
+    pub(super) fn grpc(mut self) -> Self {
+        self.grpc = true;
         self
     }
 
@@ -199,7 +208,15 @@ impl HttpBody for Body {
                 }
                 Some(Ok(frame))
             }
-            Some(Err(why)) => Some(Err(self.break_off(&why))),
+            Some(Err(why)) => {
+                let error = self.break_off(&why);
+                if self.grpc {
+                    self.source = Source::Empty;
+                    self.origin = None;
+                    return Poll::Ready(Some(Ok(Frame::trailers(answer::trailers(error)))));
+                }
+                Some(Err(error))
+            }
             None => {
                 self.finish();
                 None

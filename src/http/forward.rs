@@ -35,7 +35,7 @@ struct Answer {
 struct Switch {
     visitor: OnUpgrade,
     origin: OnUpgrade,
-    guard: DropGuard,
+    guard: Option<DropGuard>,
 }
 
 impl From<Response<Body>> for Answer {
@@ -66,7 +66,8 @@ impl<D: Dial> Http<D> {
         let upload = Upload::new(incoming, Arc::clone(&record.tally), Arc::clone(&connection.pulse));
         let (method, version) = (parts.method.clone(), parts.version);
         let id = headers::request_id(&parts.headers);
-        let asker = Asker { method: &method, version, accept: Form::of(&parts.headers), id: &id };
+        let grpc = headers::grpc(&parts.headers).cloned();
+        let asker = Asker { method: &method, version, accept: Form::of(&parts.headers), grpc: grpc.as_ref(), id: &id };
         let answer = match self.answer(connection, &asker, parts, upload, &mut record).await {
             Ok(answer) => answer,
             Err(error) => {
@@ -85,6 +86,7 @@ impl<D: Dial> Http<D> {
                 // HTTP/1.0 has no chunks: there the connection's end is the body's.
                 let framed = version != Version::HTTP_10 || body.size_hint().exact().is_some();
                 let body = if framed { body } else { body.unframed(Arc::clone(pulse)) };
+                let body = if grpc.is_some() && version == Version::HTTP_2 { body.grpc() } else { body };
                 body.accounted(record)
             }),
         }
@@ -138,7 +140,7 @@ impl<D: Dial> Http<D> {
         *request.method_mut() = parts.method;
         *request.uri_mut() = target;
         *request.headers_mut() = parts.headers;
-        self.expect(&mut request, parts.version);
+        self.expect(&mut request, parts.version, route.socket.upstream.http2);
 
         self.forward(connection, &route, &host, request, visitor_side, record).await
     }
@@ -160,12 +162,12 @@ impl<D: Dial> Http<D> {
 
     /// Leaves it to the origin to ask for an announced body, where the visitor
     /// can be told so.
-    fn expect(&self, request: &mut Request<Upload>, version: Version) {
+    fn expect(&self, request: &mut Request<Upload>, version: Version, http2: bool) {
         if !headers::names(request.headers(), EXPECT, "100-continue") {
             return;
         }
-        // hyper's HTTP/2 server has no way to say 100; HTTP/1.0 does not know it.
-        if version != Version::HTTP_11 || request.body().is_end_stream() {
+        // hyper has no way to say 100 over HTTP/2, or to hear it; HTTP/1.0 does not know it.
+        if version != Version::HTTP_11 || http2 || request.body().is_end_stream() {
             request.headers_mut().remove(EXPECT);
             return;
         }
@@ -184,7 +186,7 @@ impl<D: Dial> Http<D> {
         connection: &Connection,
         route: &Arc<Route>,
         host: &str,
-        by: By,
+        (by, http2): (By, bool),
         record: &mut Record,
     ) -> Result<Origin, Error> {
         let ways = self.dialer.ways(route);
@@ -195,10 +197,16 @@ impl<D: Dial> Http<D> {
             }
             _ => None,
         };
-        let key = Key { way: first.id(), tls };
+        let key = Key { way: first.id(), tls, http2 };
+        let mut _turn = None;
         if let By::Any { repeatable } = by {
             let own = connection.own.lock().take_if(|own| own.reaches(ways.iter().map(|way| way.id()), &key));
-            if let Some(origin) = own.or_else(|| self.origins.take(&key, repeatable)) {
+            let mut kept = own.or_else(|| self.origins.take(&key, repeatable));
+            if kept.is_none() && http2 {
+                _turn = self.origins.turn_to_open(key.way).await;
+                kept = self.origins.take(&key, repeatable);
+            }
+            if let Some(origin) = kept {
                 if let Some(way) = ways.iter().find(|way| way.id() == origin.way()) {
                     record.goes(&**way);
                 }
@@ -210,11 +218,12 @@ impl<D: Dial> Http<D> {
         let dialed = self.dialer.dial(ways, &connection.visitor).await?;
         record.goes(&*dialed.way);
         let key = Key { way: dialed.way.id(), ..key };
-        let stream = match &key.tls {
-            Some((name, _)) => self.origin_tls.connect(dialed.stream, &route.socket, name.clone()).await?,
-            None => dialed.stream,
+        let (stream, http2) = match &key.tls {
+            Some((name, _)) => self.origin_tls.connect(dialed.stream, &route.socket, name.clone(), http2).await?,
+            // By prior knowledge (RFC 9113 §3.3).
+            None => (dialed.stream, http2),
         };
-        self.origins.handshake(stream, key).await
+        self.origins.handshake(stream, key, http2).await
     }
 
     /// Sends the request, twice where the first connection ended under it and
@@ -231,7 +240,9 @@ impl<D: Dial> Http<D> {
         record.place = Some(self.dialer.admit(route)?);
         let again = again(&request);
         let by = By::Any { repeatable: again.is_some() };
-        let mut origin = self.connect(connection, route, host, by, record).await?;
+        // An upgrade is HTTP/1.1's alone.
+        let http2 = route.socket.upstream.http2 && !request.headers().contains_key(UPGRADE);
+        let mut origin = self.connect(connection, route, host, (by, http2), record).await?;
         let response = match self.send(&mut origin, request, &record.tally).await {
             Ok(response) => response,
             Err((error, unsent)) => {
@@ -239,7 +250,7 @@ impl<D: Dial> Http<D> {
                 let request = unsent.map(|unsent| *unsent).or(again).filter(|_| ended).ok_or(error)?;
                 drop(origin);
                 metrics::counter!("adit_origin_retries_total").increment(1);
-                origin = self.connect(connection, route, host, By::Dialing, record).await?;
+                origin = self.connect(connection, route, host, (By::Dialing, http2), record).await?;
                 self.send(&mut origin, request, &record.tally).await.map_err(|(error, _)| error)?
             }
         };
@@ -288,14 +299,19 @@ impl<D: Dial> Http<D> {
         tally: &Tally,
     ) -> Result<Response<Incoming>, (Error, Option<Box<Request<Upload>>>)> {
         tally.touch();
+        // A server of gRPC may say nothing until its first message.
+        let silent = match headers::grpc(request.headers()) {
+            Some(_) => self.settings.body_idle,
+            None => self.settings.first_byte,
+        };
+        let (http2, reused) = (origin.is_http2(), origin.reused());
         let answered = origin.send(request);
         let mut answered = std::pin::pin!(answered);
-        let limit = self.settings.first_byte;
         loop {
             let now = Instant::now();
             let (wait, late) = match tally.visitor_owes() {
                 true => (self.settings.body_idle, Error::Idle),
-                false => (limit, Error::OriginSilent),
+                false => (silent, Error::OriginSilent),
             };
             let due = tally.moved() + wait;
             if due <= now {
@@ -303,10 +319,14 @@ impl<D: Dial> Http<D> {
             }
             tokio::select! {
                 answered = &mut answered => {
-                    return answered.map_err(|failed| (unanswered(&failed.error, tally), failed.unsent));
+                    return answered.map_err(|failed| match unanswered(&failed.error, tally) {
+                        // It may not speak HTTP/2 at all.
+                        Error::OriginReset if http2 && !reused => (Error::OriginProtocol, failed.unsent),
+                        error => (error, failed.unsent),
+                    });
                 }
                 // Who owes may change meanwhile.
-                () = tokio::time::sleep_until(due.min(now + limit)) => {}
+                () = tokio::time::sleep_until(due.min(now + silent)) => {}
             }
         }
     }

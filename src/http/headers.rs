@@ -5,8 +5,8 @@
 use std::net::IpAddr;
 
 use hyper::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, Entry, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
+    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, Entry, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue,
+    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use hyper::{Method, Uri, Version};
 
@@ -152,6 +152,15 @@ pub fn wanted_upgrade(version: Version, method: &Method, headers: &HeaderMap) ->
         name.eq_ignore_ascii_case("h2c") || name.eq_ignore_ascii_case("http") || name.eq_ignore_ascii_case("tls")
     });
     (!h2c && !text.trim().is_empty()).then(|| wanted.clone())
+}
+
+/// The content type of a gRPC call, if a message is one.
+pub fn grpc(headers: &HeaderMap) -> Option<&HeaderValue> {
+    const GRPC: &[u8] = b"application/grpc";
+    let kind = headers.get(CONTENT_TYPE)?;
+    let (start, rest) = kind.as_bytes().split_at_checked(GRPC.len())?;
+    let ends = rest.first().is_none_or(|b| b"+;-".contains(b));
+    (ends && start.eq_ignore_ascii_case(GRPC)).then_some(kind)
 }
 
 /// Whether a comma-separated field has this token.

@@ -18,13 +18,17 @@ use crate::error::Error;
 use crate::model::{Socket, authority_host};
 use crate::stream::Stream;
 
+/// RFC 9113 §3.2.
+const H2: &[u8] = b"h2";
+
 /// Makes TLS connections to origins.
 pub(super) struct OriginTls {
     deadline: Duration,
     ca_file: Option<PathBuf>,
     provider: Arc<CryptoProvider>,
-    verified: OnceCell<TlsConnector>,
-    unverified: OnceCell<TlsConnector>,
+    /// Verified or not, and for each without and with HTTP/2.
+    verified: [OnceCell<TlsConnector>; 2],
+    unverified: [OnceCell<TlsConnector>; 2],
 }
 
 impl OriginTls {
@@ -33,13 +37,13 @@ impl OriginTls {
             deadline,
             ca_file,
             provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
-            verified: OnceCell::new(),
-            unverified: OnceCell::new(),
+            verified: Default::default(),
+            unverified: Default::default(),
         }
     }
 
     /// Speaks TLS over `stream` to the origin of `socket`, which is asked for by
-    /// this name (`server_name`).
+    /// this name (`server_name`). Tells whether HTTP/2 was agreed on.
     ///
     /// # Errors
     /// `OriginTls` where the handshake fails or takes too long.
@@ -48,10 +52,14 @@ impl OriginTls {
         stream: Stream,
         socket: &Socket,
         name: ServerName<'static>,
-    ) -> Result<Stream, Error> {
-        let connector = self.connector(socket.upstream.tls.verify).await?;
+        http2: bool,
+    ) -> Result<(Stream, bool), Error> {
+        let connector = self.connector(socket.upstream.tls.verify, http2).await?;
         match tokio::time::timeout(self.deadline, connector.connect(name, stream)).await {
-            Ok(Ok(tls)) => Ok(Stream::other(tls)),
+            Ok(Ok(tls)) => {
+                let http2 = tls.get_ref().1.alpn_protocol() == Some(H2);
+                Ok((Stream::other(tls), http2))
+            }
             Ok(Err(error)) => {
                 tracing::debug!(socket = %socket.id, %error, "TLS to the origin failed");
                 Err(Error::OriginTls)
@@ -60,27 +68,26 @@ impl OriginTls {
         }
     }
 
-    async fn connector(&self, verify: bool) -> Result<&TlsConnector, Error> {
+    async fn connector(&self, verify: bool, http2: bool) -> Result<&TlsConnector, Error> {
+        let [one, two] = if verify { &self.verified } else { &self.unverified };
+        let cell = if http2 { two } else { one };
         if verify {
-            self.verified
-                .get_or_try_init(|| async {
-                    let ca_file = self.ca_file.clone();
-                    // Reads some hundred files on some systems: once, and not on a runtime thread.
-                    let roots =
-                        tokio::task::spawn_blocking(move || roots(ca_file)).await.map_err(|_| Error::Internal)?;
-                    let config = self.builder()?.with_root_certificates(roots).with_no_client_auth();
-                    Ok(connector(config))
-                })
-                .await
+            cell.get_or_try_init(|| async {
+                let ca_file = self.ca_file.clone();
+                // Reads some hundred files on some systems: once, and not on a runtime thread.
+                let roots = tokio::task::spawn_blocking(move || roots(ca_file)).await.map_err(|_| Error::Internal)?;
+                let config = self.builder()?.with_root_certificates(roots).with_no_client_auth();
+                Ok(connector(config, http2))
+            })
+            .await
         } else {
-            self.unverified
-                .get_or_try_init(|| async {
-                    let verifier = Arc::new(AnyCertificate(Arc::clone(&self.provider)));
-                    let config =
-                        self.builder()?.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
-                    Ok(connector(config))
-                })
-                .await
+            cell.get_or_try_init(|| async {
+                let verifier = Arc::new(AnyCertificate(Arc::clone(&self.provider)));
+                let config =
+                    self.builder()?.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
+                Ok(connector(config, http2))
+            })
+            .await
         }
     }
 
@@ -91,8 +98,9 @@ impl OriginTls {
     }
 }
 
-fn connector(mut config: ClientConfig) -> TlsConnector {
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+fn connector(mut config: ClientConfig, http2: bool) -> TlsConnector {
+    let protocols: &[&[u8]] = if http2 { &[H2, b"http/1.1"] } else { &[b"http/1.1"] };
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
     // Tickets are kept by name, and two tenants' origins may have the same one.
     config.resumption = Resumption::disabled();
     TlsConnector::from(Arc::new(config))

@@ -54,6 +54,16 @@ pub struct HttpSettings {
     pub origin_kept_per_tunnel: usize,
     /// Connections that wait, in all. 10,000: some 100 MB.
     pub origin_kept: usize,
+    /// How long an HTTP/2 connection to an origin is kept without a request. 60 s:
+    /// its end is agreed on, so that no request meets it.
+    pub origin_h2_idle: Duration,
+    /// Requests at once on one HTTP/2 connection to an origin; more open another.
+    /// 64: with `origin_h2_stream_window`, 16 MiB for a connection.
+    pub origin_h2_streams: usize,
+    /// HTTP/2 receive window per stream from an origin, in bytes; a connection has
+    /// that of all its streams, so that a visitor who does not read holds nobody
+    /// up. 256 KiB: 40 Mbit/s at 50 ms for each stream.
+    pub origin_h2_stream_window: Bytes,
     /// Largest head (request line and fields) of a request or an answer, in
     /// bytes; more is 431. 64 KiB: browsers with large cookies stay below 32.
     pub head_max: Bytes,
@@ -107,6 +117,9 @@ impl Default for HttpSettings {
             origin_age: Duration::from_secs(600),
             origin_kept_per_tunnel: 32,
             origin_kept: 10_000,
+            origin_h2_idle: Duration::from_secs(60),
+            origin_h2_streams: 64,
+            origin_h2_stream_window: Bytes(256 << 10),
             head_max: Bytes(64 << 10),
             headers_max: 128,
             h2_streams: 128,
@@ -141,6 +154,9 @@ impl HttpSettings {
             origin_age: f.take("origin_age", d.origin_age),
             origin_kept_per_tunnel: f.take("origin_kept_per_tunnel", d.origin_kept_per_tunnel),
             origin_kept: f.take("origin_kept", d.origin_kept),
+            origin_h2_idle: f.take("origin_h2_idle", d.origin_h2_idle),
+            origin_h2_streams: f.take("origin_h2_streams", d.origin_h2_streams),
+            origin_h2_stream_window: f.take("origin_h2_stream_window", d.origin_h2_stream_window),
             head_max: f.take("head_max", d.head_max),
             headers_max: f.take("headers_max", d.headers_max),
             h2_streams: f.take("h2_streams", d.h2_streams),
@@ -175,6 +191,7 @@ impl HttpSettings {
         size("head_max", self.head_max, 8 << 10, 1 << 20, "8KiB to 1MiB");
         size("h2_stream_window", self.h2_stream_window, 65_535, WINDOW_MAX, "64KiB to 2047MiB");
         size("h2_window", self.h2_window, 65_535, WINDOW_MAX, "64KiB to 2047MiB");
+        size("origin_h2_stream_window", self.origin_h2_stream_window, 65_535, 16 << 20, "64KiB to 16MiB");
         size("h2_send_buffer", self.h2_send_buffer, 16 << 10, 64 << 20, "16KiB to 64MiB");
         let count = |key: &str, n: usize, low: usize, high: usize| {
             if !(low..=high).contains(&n) {
@@ -183,6 +200,7 @@ impl HttpSettings {
         };
         count("headers_max", self.headers_max, 16, 4096);
         count("h2_streams", self.h2_streams as usize, 1, 65_536);
+        count("origin_h2_streams", self.origin_h2_streams, 1, 1024);
         count("h2_resets_pending", self.h2_resets_pending, 1, 65_536);
         count("h2_resets_local", self.h2_resets_local, 1, 65_536);
         for (key, wait) in [

@@ -112,6 +112,9 @@ impl World {
         let mut secure = socket("s", SocketType::Http, "s.test");
         secure.redirect_https = true;
         routes.put_socket(secure);
+        let mut two = socket("two", SocketType::Http, "two.test");
+        two.upstream.http2 = true;
+        routes.put_socket(two);
         let visits = Arc::new(Visits::default());
         let dial = FakeDial { origin, fails, visits: Arc::clone(&visits) };
         let http = Http::new(routes, Arc::new(dial), settings, TaskTracker::new());
@@ -1214,4 +1217,85 @@ async fn a_connection_that_is_authenticated_serves_its_own_visitor_alone() {
     drop(own);
     assert_eq!(fetch(&world, "GET", "Authorization: Negotiate a\r\n").await, "<1.2>");
     assert_eq!(fetch(&world, "GET", "").await, "<2.0>", "what a visitor authenticated served another");
+}
+
+/// Origins that speak HTTP/2; a path `/go` makes the connection say GOAWAY.
+fn speaking_http2(bytes: usize) -> (World, Arc<AtomicUsize>) {
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&connections);
+    let world = World::new(HttpSettings::default(), move |io| {
+        let connection = count.fetch_add(1, SeqCst);
+        async move {
+            let go = Arc::new(tokio::sync::Notify::new());
+            let service = service_fn(|request: Request<Incoming>| {
+                let go = Arc::clone(&go);
+                async move {
+                    assert_eq!(request.uri().authority().unwrap(), "two.test");
+                    assert!(!request.headers().contains_key("host") && !request.headers().contains_key("connection"));
+                    if request.uri().path() == "/go" {
+                        go.notify_one();
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    let text = format!("{connection}{}", "x".repeat(bytes));
+                    Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(text))))
+                }
+            });
+            let served = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(io), service);
+            let mut served = pin!(served);
+            tokio::select! {
+                _ = &mut served => return,
+                () = go.notified() => served.as_mut().graceful_shutdown(),
+            }
+            let _ = served.await;
+        }
+    });
+    (world, connections)
+}
+
+async fn fetch_two(world: &World, path: &str) -> String {
+    let answer = world.ask(&format!("GET {path} HTTP/1.1\r\nHost: two.test\r\nConnection: close\r\n\r\n")).await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200") && head.contains("via: 2 adit"), "{answer}");
+    body.to_owned()
+}
+
+#[tokio::test]
+async fn requests_at_once_share_a_connection_of_http2() {
+    let (world, connections) = speaking_http2(0);
+    let all = futures_util::future::join_all((0..100).map(|_| fetch_two(&world, "/"))).await;
+    assert_eq!(all.iter().filter(|said| *said == "0").count(), 64);
+    assert_eq!((connections.load(SeqCst), fetch_two(&world, "/").await.as_str()), (2, "0"));
+}
+
+#[tokio::test]
+async fn after_goaway_what_runs_is_finished_and_the_next_goes_elsewhere() {
+    let (world, _) = speaking_http2(0);
+    let (before, going) = tokio::join!(fetch_two(&world, "/"), fetch_two(&world, "/go"));
+    assert_eq!((before.as_str(), going.as_str()), ("0", "0"));
+    assert_eq!(fetch_two(&world, "/").await, "1");
+}
+
+#[tokio::test]
+async fn visitors_that_do_not_read_hold_up_nobody_on_their_connection() {
+    let (world, connections) = speaking_http2(4 << 20);
+    let mut stopped = Vec::new();
+    for _ in 0..20 {
+        let mut io = world.plain();
+        io.write_all(get("two.test", "").as_bytes()).await.unwrap();
+        read_until(&mut io, "xxxx").await;
+        stopped.push(io);
+    }
+    let mut h2 = world.h2(h2_plain()).await;
+    let request = Request::get("http://two.test/").body(empty()).unwrap();
+    let answer = soon(h2.send_request(request)).await.unwrap();
+    let read = soon(answer.into_body().collect()).await.unwrap().to_bytes().len();
+    assert_eq!((read, connections.load(SeqCst)), (1 + (4 << 20), 1));
+}
+
+#[tokio::test]
+async fn an_origin_that_does_not_speak_http2_is_told_from_one_that_broke_off() {
+    let world = World::echo(ok);
+    let answer = world.ask(&get("two.test", "Connection: close\r\nAccept: application/json\r\n")).await;
+    assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("origin_protocol"), "{answer}");
 }

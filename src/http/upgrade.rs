@@ -18,7 +18,7 @@ pub(super) struct Upgrade {
     pub(super) visitor: OnUpgrade,
     pub(super) origin: OnUpgrade,
     /// Ends the origin's connection, unless it was taken over.
-    pub(super) guard: DropGuard,
+    pub(super) guard: Option<DropGuard>,
     pub(super) record: Record,
 }
 
@@ -36,7 +36,9 @@ impl Upgrade {
             record.tally.fail(Error::Internal);
             return;
         };
-        guard.disarm();
+        if let Some(guard) = guard {
+            guard.disarm();
+        }
         let quiet = RelaySettings { idle: settings.upgrade_idle, ..RelaySettings::default() };
         let relayed = relay(visitor, origin, &quiet, cut).await;
         record.tally.sent_up(usize::try_from(relayed.up).unwrap_or(usize::MAX));

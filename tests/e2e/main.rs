@@ -11,6 +11,7 @@ mod harness;
 mod cli;
 mod clients;
 mod faults;
+mod grpc;
 mod harness_itself;
 mod interop;
 mod limits;

@@ -52,7 +52,12 @@ pub fn has_ipv6() -> bool {
 }
 
 /// Repeats `step` until it gives something; panics by `what` at the deadline.
-pub async fn eventually<T>(what: &str, mut step: impl AsyncFnMut() -> Option<T>) -> T {
+pub async fn eventually<T>(what: &str, step: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually_within(DEADLINE, what, step).await
+}
+
+/// The same with a deadline of its own.
+pub async fn eventually_within<T>(limit: Duration, what: &str, mut step: impl AsyncFnMut() -> Option<T>) -> T {
     let polled = async {
         loop {
             if let Some(found) = step().await {
@@ -61,5 +66,5 @@ pub async fn eventually<T>(what: &str, mut step: impl AsyncFnMut() -> Option<T>)
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    within(DEADLINE, what, polled).await
+    within(limit, what, polled).await
 }

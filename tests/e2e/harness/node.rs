@@ -158,6 +158,17 @@ impl Node {
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
+    /// The value of one metric, named with its labels; 0 where it is not told.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let mut stream = tokio::net::TcpStream::connect(self.addr("control")).await.unwrap();
+        let host = self.addr("control").to_string();
+        let call = request(&mut stream, "GET /metrics HTTP/1.1\r\n", &host, b"");
+        let (_, _, body) = within(DEADLINE, "the metrics", call).await;
+        let text = String::from_utf8(body).unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        value.unwrap_or(0.0)
+    }
+
     /// Puts a record and expects it to be taken.
     pub async fn put(&self, path: &str, record: Value) {
         let (status, answer) = self.api("PUT", &format!("/v1/{path}"), Some(&record)).await;
