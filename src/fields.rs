@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde_json::{Map, Value};
 
 /// One mistake of the input.
@@ -139,6 +140,11 @@ impl Fields {
     /// Whether `key` is present and has not been taken yet.
     pub fn has(&self, key: &str) -> bool {
         self.map.contains_key(key)
+    }
+
+    /// The same, and is not null.
+    pub fn has_value(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(|value| !value.is_null())
     }
 
     /// Records a mistake at `key` of this table.
@@ -314,6 +320,26 @@ impl Field for IpAddr {
     fn from_value(value: &Value) -> Result<Self, String> {
         let text = value.as_str().ok_or_else(|| format!("is {}", kind(value)))?;
         text.parse().map_err(|_| format!("\"{text}\" is not an address without a port"))
+    }
+}
+
+/// The addresses of a network: `"10.0.0.0/8"`, or one address alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network(pub IpNet);
+
+impl Network {
+    /// Whether `ip` is one of them; IPv4-mapped IPv6 addresses are IPv4.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        self.0.contains(&ip.to_canonical())
+    }
+}
+
+impl Field for Network {
+    const EXPECTED: &'static str = "a network like \"10.0.0.0/8\" or \"fd00::/8\", or an address";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| format!("is {}", kind(value)))?;
+        let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        network.map(Self).map_err(|_| format!("\"{}\" is not a network", text.escape_debug()))
     }
 }
 

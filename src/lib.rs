@@ -36,6 +36,7 @@
 pub mod drain; // the stages of the shutdown
 pub mod error; // why a visit failed
 pub mod fields; // reads settings and records, every mistake at once
+pub mod header_rules; // what a socket changes in heads
 pub mod limits; // counts that end
 pub mod metrics;
 pub mod model; // base: plain values
@@ -78,8 +79,19 @@ mod tests {
         ("ingress", &["routes", "dial", "http", "relay", "tunnel"]),
         ("control", &["feed", "routes", "tunnel"]),
     ];
-    const BASE: &[&str] =
-        &["model", "fields", "error", "stream", "limits", "secret_file", "visit_log", "metrics", "drain", "tls"];
+    const BASE: &[&str] = &[
+        "model",
+        "fields",
+        "header_rules",
+        "error",
+        "stream",
+        "limits",
+        "secret_file",
+        "visit_log",
+        "metrics",
+        "drain",
+        "tls",
+    ];
 
     fn imports(path: &Path, found: &mut BTreeSet<String>) {
         if path.is_dir() {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use crate::fields::{Field, Fields, Mistake};
+use crate::header_rules::{HeaderRules, Hsts};
 use crate::text_field;
 
 macro_rules! id_type {
@@ -290,6 +291,12 @@ pub struct Socket {
     pub upstream: Upstream,
     /// Whether plain HTTP visitors are sent to HTTPS.
     pub redirect_https: bool,
+    /// What is changed in requests' heads on their way to the origin.
+    pub request_headers: HeaderRules,
+    /// What is changed in the heads of the origin's answers.
+    pub response_headers: HeaderRules,
+    /// Whether browsers are told to come by HTTPS alone.
+    pub hsts: Option<Hsts>,
     /// How visitors are shared among tunnels.
     pub balance: Balance,
     /// Who made it: `api`, or the fingerprint of the key that claimed the name.
@@ -308,6 +315,9 @@ impl Socket {
             ports: Vec::new(),
             upstream: Upstream { host: None, http2: false, tls: UpstreamTls { server_name: None, verify: true } },
             redirect_https: false,
+            request_headers: HeaderRules::default(),
+            response_headers: HeaderRules::default(),
+            hsts: None,
             balance: Balance::RoundRobin,
             created_by: None,
             extra: Map::new(),
@@ -334,6 +344,13 @@ impl Socket {
         tls.refuse_rest();
         up.refuse_rest();
         socket.redirect_https = f.take("redirect_https", false);
+        socket.request_headers = HeaderRules::read(&mut f.section("request_headers"));
+        socket.response_headers = HeaderRules::read(&mut f.section("response_headers"));
+        if f.has_value("hsts") {
+            socket.hsts = Hsts::read(&mut f.section("hsts"));
+        } else {
+            let _none: Option<Value> = f.optional("hsts");
+        }
         socket.balance = f.take("balance", Balance::RoundRobin);
         socket.created_by = f.optional("created_by");
         if f.has("gate") {
@@ -390,6 +407,9 @@ impl Socket {
                     },
                 },
                 "redirect_https": self.redirect_https,
+                "request_headers": self.request_headers.to_value(),
+                "response_headers": self.response_headers.to_value(),
+                "hsts": self.hsts.as_ref().map(Hsts::to_value),
                 "balance": match self.balance { Balance::RoundRobin => "round_robin" },
                 "created_by": self.created_by,
             }),

@@ -10,7 +10,7 @@ use hyper::header::{
 use hyper::{Method, Response, StatusCode, Version};
 
 use super::body::Body;
-use super::headers::X_REQUEST_ID;
+use super::forwarded::X_REQUEST_ID;
 use crate::error::{Error, Fault};
 
 /// When to come back after a 503, in seconds: tunnel clients come back in one.

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{CONTENT_LENGTH, EXPECT, HeaderValue, UPGRADE};
+use hyper::header::{CONTENT_LENGTH, EXPECT, HeaderValue, STRICT_TRANSPORT_SECURITY, UPGRADE};
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
@@ -14,6 +14,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::answer::{self, Asker, Form};
 use super::body::{Body, Upload};
+use super::forwarded::{self, Asked};
 use super::headers::{self, Authority, Rewrite};
 use super::origin_tls;
 use super::origins::{Key, Origin};
@@ -65,16 +66,21 @@ impl<D: Dial> Http<D> {
         let (parts, incoming) = request.into_parts();
         let upload = Upload::new(incoming, Arc::clone(&record.tally), Arc::clone(&connection.pulse));
         let (method, version) = (parts.method.clone(), parts.version);
-        let id = headers::request_id(&parts.headers);
+        let id = forwarded::request_id(&parts.headers);
         let grpc = headers::grpc(&parts.headers).cloned();
         let asker = Asker { method: &method, version, accept: Form::of(&parts.headers), grpc: grpc.as_ref(), id: &id };
-        let answer = match self.answer(connection, &asker, parts, upload, &mut record).await {
+        let mut answer = match self.answer(connection, &asker, parts, upload, &mut record).await {
             Ok(answer) => answer,
             Err(error) => {
                 record.tally.fail(error);
                 answer::failed(&asker, error).into()
             }
         };
+        if let Some(hsts) = record.route.as_ref().and_then(|route| route.socket.hsts.as_ref())
+            && connection.via.tls.is_some()
+        {
+            answer.response.headers_mut().entry(STRICT_TRANSPORT_SECURITY).or_insert_with(|| hsts.value().clone());
+        }
         record.status = Some(answer.response.status().as_u16());
         let pulse = &connection.pulse;
         match answer.switch {
@@ -111,8 +117,13 @@ impl<D: Dial> Http<D> {
         let Authority { text: authority, host } = authority.ok_or(Error::NoSocket)?;
         record.host.clone_from(&host);
         let route = self.route(connection, &host)?;
-        record.socket = Some(route.socket.id.clone());
-        if route.socket.redirect_https && connection.via.tls.is_none() {
+        record.route = Some(Arc::clone(&route));
+        let secure = connection.via.tls.is_some();
+        let asked = Asked::of(&parts.headers, &connection.visitor, secure, &self.settings.trusted_peers);
+        if let Some(ip) = asked.instead_of_peer() {
+            record.visitor.addr.set_ip(ip);
+        }
+        if route.socket.redirect_https && !asked.secure {
             return Ok(answer::redirect(asker, &host, self.settings.public_https_port, &target.to_string()).into());
         }
         let wanted =
@@ -121,9 +132,9 @@ impl<D: Dial> Http<D> {
         headers::rewrite_request(
             &mut parts.headers,
             &Rewrite {
-                visitor: &connection.visitor,
+                peer: &connection.visitor,
+                asked: &asked,
                 version: parts.version,
-                secure: connection.via.tls.is_some(),
                 authority: &authority,
                 host: route.socket.upstream.host.as_deref().unwrap_or(&authority),
                 id: asker.id,
@@ -136,6 +147,7 @@ impl<D: Dial> Http<D> {
             // RFC 9110 §8.6: some origins refuse these without a length (HTTP/2 needs none).
             parts.headers.entry(CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
         }
+        route.socket.request_headers.apply(&mut parts.headers);
         let mut request = Request::new(upload);
         *request.method_mut() = parts.method;
         *request.uri_mut() = target;
@@ -258,7 +270,9 @@ impl<D: Dial> Http<D> {
         // HTTP/2 streams share a visitor's connection, and so cannot own another.
         let owner = Some(connection).filter(|c| c.via.protocol == Protocol::Http1);
         origin.learn(response.headers(), owner);
-        Self::answer_of(origin, response, visitor_side)
+        let mut answer = Self::answer_of(origin, response, visitor_side)?;
+        route.socket.response_headers.apply(answer.response.headers_mut());
+        Ok(answer)
     }
 
     /// Makes the origin's answer the visitor's.

@@ -2,14 +2,13 @@
 //! request is for, whether its framing is clear, which fields end at this hop
 //! and which ones this hop adds.
 
-use std::net::IpAddr;
-
 use hyper::header::{
-    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, Entry, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue,
+    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue,
     PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use hyper::{Method, Uri, Version};
 
+use super::forwarded::{self, Asked, X_REQUEST_ID};
 use crate::error::Error;
 use crate::model::{Visitor, authority_host};
 
@@ -17,16 +16,6 @@ use crate::model::{Visitor, authority_host};
 pub const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
-const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-/// The name under which a request is known on both sides.
-pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// The longest request id that is kept, in characters.
-const REQUEST_ID_MAX: usize = 128;
-
 /// Whom a request is for.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Authority {
@@ -216,43 +205,6 @@ pub fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
-/// Says who asked, how and for what, in place of whatever the request claimed:
-/// no peer in front of us is trusted.
-pub fn set_forwarded(headers: &mut HeaderMap, visitor: &Visitor, secure: bool, authority: &str) {
-    drop_lookalikes(headers);
-    let proto = if secure { "https" } else { "http" };
-    let ip = visitor.ip();
-    // RFC 7239 §6: an IPv6 node is bracketed and quoted; so is a host with a port.
-    let node = match ip {
-        IpAddr::V4(ip) => ip.to_string(),
-        IpAddr::V6(ip) => format!("\"[{ip}]\""),
-    };
-    let quote = if authority.bytes().all(is_token_byte) { "" } else { "\"" };
-    set(headers, X_FORWARDED_FOR, &ip.to_string());
-    set(headers, X_FORWARDED_PROTO, proto);
-    set(headers, X_FORWARDED_HOST, authority);
-    set(headers, X_FORWARDED_PORT, &visitor.local.port().to_string());
-    set(headers, FORWARDED, &format!("for={node};host={quote}{authority}{quote};proto={proto}"));
-}
-
-/// CGI-like origins read `X_Forwarded_For` as `X-Forwarded-For`: drop what would
-/// pass for a field that is ours to set.
-fn drop_lookalikes(headers: &mut HeaderMap) {
-    let ours =
-        [X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PORT, X_FORWARDED_PROTO, X_REQUEST_ID, VIA, HOST, FORWARDED];
-    let same = |a: &str, b: &str| {
-        a.len() == b.len() && a.bytes().zip(b.bytes()).all(|(a, b)| a == b || (a == b'_' && b == b'-'))
-    };
-    let fakes: Vec<HeaderName> = headers
-        .keys()
-        .filter(|name| name.as_str().contains('_') && ours.iter().any(|o| same(name.as_str(), o.as_str())))
-        .cloned()
-        .collect();
-    for fake in fakes {
-        headers.remove(fake);
-    }
-}
-
 /// Adds this hop to `Via` (RFC 9110 §7.6.3) under a name that tells nothing else.
 pub fn append_via(headers: &mut HeaderMap, received: Version) {
     headers.append(
@@ -265,40 +217,6 @@ pub fn append_via(headers: &mut HeaderMap, received: Version) {
     );
 }
 
-/// The request's id: its own where that is sane (1 to 128 token characters),
-/// else a random one.
-pub fn request_id(headers: &HeaderMap) -> HeaderValue {
-    let mut ids = headers.get_all(X_REQUEST_ID).iter();
-    match (ids.next(), ids.next()) {
-        (Some(id), None) if (1..=REQUEST_ID_MAX).contains(&id.len()) && id.as_bytes().iter().all(is_token) => {
-            id.clone()
-        }
-        _ => random_id(),
-    }
-}
-
-/// 128 random bits in hex.
-fn random_id() -> HeaderValue {
-    use std::fmt::Write as _;
-    let mut bits = [0u8; 16];
-    // Fails only where the system has no randomness at all; an id need not be secret.
-    let _ = aws_lc_rs::rand::fill(&mut bits);
-    let mut hex = String::with_capacity(32);
-    for byte in bits {
-        let _ = write!(hex, "{byte:02x}");
-    }
-    HeaderValue::from_str(&hex).unwrap_or_else(|_| HeaderValue::from_static("none"))
-}
-
-fn is_token(b: &u8) -> bool {
-    is_token_byte(*b)
-}
-
-/// RFC 9110 §5.6.2 `tchar`.
-fn is_token_byte(b: u8) -> bool {
-    b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b)
-}
-
 /// Makes the head of a forwarded request out of a visitor's. `host` is what the
 /// origin gets as `Host`; `chunked` says that the body's length is unknown.
 pub fn rewrite_request(headers: &mut HeaderMap, rewrite: &Rewrite<'_>) {
@@ -306,9 +224,10 @@ pub fn rewrite_request(headers: &mut HeaderMap, rewrite: &Rewrite<'_>) {
     let upgrade = rewrite.upgrade.clone();
     strip_hop_by_hop(headers);
     join_cookies(headers);
-    set_forwarded(headers, rewrite.visitor, rewrite.secure, rewrite.authority);
+    rewrite.asked.tell(headers, rewrite.peer, rewrite.authority);
     append_via(headers, rewrite.version);
     headers.insert(X_REQUEST_ID, rewrite.id.clone());
+    forwarded::trace(headers);
     set(headers, HOST, rewrite.host);
     if trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
@@ -340,12 +259,12 @@ pub fn rewrite_request(headers: &mut HeaderMap, rewrite: &Rewrite<'_>) {
 /// What `rewrite_request` needs to know of the request and its way.
 #[derive(Debug)]
 pub struct Rewrite<'a> {
+    /// Who is connected.
+    pub peer: &'a Visitor,
     /// Who asks.
-    pub visitor: &'a Visitor,
+    pub asked: &'a Asked,
     /// The protocol version that the request came in.
     pub version: Version,
-    /// Whether it came over TLS.
-    pub secure: bool,
     /// The authority as the visitor wrote it.
     pub authority: &'a str,
     /// `Host` towards the origin.
@@ -493,13 +412,14 @@ mod tests {
             ("host", "a.test:8080"),
         ]);
         let visitor = Visitor::new("[2001:db8::1]:5".parse().unwrap(), "10.0.0.1:8080".parse().unwrap());
-        let id = request_id(&headers);
+        let id = forwarded::request_id(&headers);
+        let asked = Asked::of(&headers, &visitor, false, &[]);
         rewrite_request(
             &mut headers,
             &Rewrite {
-                visitor: &visitor,
+                peer: &visitor,
+                asked: &asked,
                 version: Version::HTTP_11,
-                secure: false,
                 authority: "a.test:8080",
                 host: "inner.test",
                 id: &id,
@@ -511,7 +431,7 @@ mod tests {
         let mut left: Vec<String> = headers
             .iter()
             .map(|(n, v)| format!("{n}: {}", v.to_str().unwrap()))
-            .filter(|l| !l.starts_with("x-request-id"))
+            .filter(|l| !l.starts_with("x-request-id") && !l.starts_with("traceparent"))
             .collect();
         left.sort();
         assert_eq!(
@@ -531,18 +451,6 @@ mod tests {
             ]
         );
         assert_eq!(id.len(), 32);
-        assert_ne!(id, request_id(&headers_without_id()));
-    }
-
-    fn headers_without_id() -> HeaderMap {
-        HeaderMap::new()
-    }
-
-    #[test]
-    fn a_sane_request_id_is_kept() {
-        assert_eq!(request_id(&map(&[("x-request-id", "abc-1.2_3~")])), "abc-1.2_3~");
-        assert_eq!(request_id(&map(&[("x-request-id", &"a".repeat(129))])).len(), 32);
-        assert_eq!(request_id(&map(&[("x-request-id", "a"), ("x-request-id", "b")])).len(), 32);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod answer;
 mod body;
 mod forward;
+pub mod forwarded;
 pub mod framing;
 pub mod headers;
 mod io;

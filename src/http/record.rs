@@ -13,7 +13,8 @@ use super::pulse::Pulse;
 use crate::dial::Way;
 use crate::error::Error;
 use crate::limits::Permit;
-use crate::model::{SocketId, TunnelId, Visitor};
+use crate::model::{TunnelId, Visitor};
+use crate::routes::Route;
 use crate::visit_log::{self, Sink, Visit, What};
 
 /// What both bodies of a request, and who watches over them, write and read.
@@ -135,12 +136,13 @@ pub(super) struct Record {
     pub(super) tally: Arc<Tally>,
     pulse: Arc<Pulse>,
     at: SystemTime,
-    visitor: Visitor,
+    /// Who asks, as far as it may be believed.
+    pub(super) visitor: Visitor,
     method: Method,
     uri: Uri,
     /// The name asked for, as far as it could be read.
     pub(super) host: String,
-    pub(super) socket: Option<SocketId>,
+    pub(super) route: Option<Arc<Route>>,
     pub(super) tunnel: Option<TunnelId>,
     pub(super) console: Option<Arc<dyn Sink>>,
     /// Its place among the visitors of the socket.
@@ -164,7 +166,7 @@ impl Record {
             method,
             uri,
             host: String::new(),
-            socket: None,
+            route: None,
             tunnel: None,
             console: None,
             place: None,
@@ -201,7 +203,7 @@ impl Drop for Record {
             Visit {
                 at: self.at,
                 visitor: self.visitor.addr,
-                socket: self.socket.take(),
+                socket: self.route.as_ref().map(|route| route.socket.id.clone()),
                 tunnel: self.tunnel.take(),
                 what: What::Request {
                     method: self.method.as_str().to_owned(),

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::fields::{Bytes, Fields};
+use crate::fields::{Bytes, Fields, Network};
 
 /// Settings of the HTTP path, section `[http]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,6 +93,9 @@ pub struct HttpSettings {
     /// Streams that we may have to reset for a visitor's errors; more ends the
     /// connection (RUSTSEC-2024-0003). 256: no honest client comes near.
     pub h2_resets_local: usize,
+    /// Networks of peers (other proxies) whose `X-Forwarded-*` fields are
+    /// believed. None by default: everybody else's are replaced.
+    pub trusted_peers: Vec<Network>,
     /// PEM file of further CAs that https origins are verified against, beside
     /// the system's. None by default.
     pub origin_ca_file: Option<PathBuf>,
@@ -130,6 +133,7 @@ impl Default for HttpSettings {
             h2_ping_timeout: Duration::from_secs(15),
             h2_resets_pending: 20,
             h2_resets_local: 256,
+            trusted_peers: Vec::new(),
             origin_ca_file: None,
             public_https_port: 443,
         }
@@ -167,6 +171,7 @@ impl HttpSettings {
             h2_ping_timeout: f.take("h2_ping_timeout", d.h2_ping_timeout),
             h2_resets_pending: f.take("h2_resets_pending", d.h2_resets_pending),
             h2_resets_local: f.take("h2_resets_local", d.h2_resets_local),
+            trusted_peers: f.take("trusted_peers", d.trusted_peers),
             origin_ca_file: f.optional("origin_ca_file"),
             public_https_port: d.public_https_port,
         };

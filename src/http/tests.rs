@@ -115,6 +115,12 @@ impl World {
         let mut two = socket("two", SocketType::Http, "two.test");
         two.upstream.http2 = true;
         routes.put_socket(two);
+        let rules = serde_json::json!({"type": "http", "hostnames": ["ruled.test"],
+            "request_headers": {"set": {"X-Key": "of the record"}, "remove": ["cookie"]},
+            "response_headers": {"remove": ["server"], "add": {"X-Robots-Tag": "noindex"}},
+            "hsts": {"max_age": 600, "include_subdomains": true}});
+        let ruled = Socket::from_record(&"ruled".parse().unwrap(), rules.as_object().unwrap().clone());
+        routes.put_socket(ruled.unwrap());
         let visits = Arc::new(Visits::default());
         let dial = FakeDial { origin, fails, visits: Arc::clone(&visits) };
         let http = Http::new(routes, Arc::new(dial), settings, TaskTracker::new());
@@ -1298,4 +1304,39 @@ async fn an_origin_that_does_not_speak_http2_is_told_from_one_that_broke_off() {
     let world = World::echo(ok);
     let answer = world.ask(&get("two.test", "Connection: close\r\nAccept: application/json\r\n")).await;
     assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("origin_protocol"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_sockets_rules_change_what_passes_and_hsts_is_for_https_alone() {
+    let world = World::echo(|head| {
+        assert!(head.contains("x-key: of the record\r\n") && !head.contains("cookie"), "{head}");
+        "HTTP/1.1 200 OK\r\nServer: secret/1.0\r\nContent-Length: 0\r\n\r\n".to_owned()
+    });
+    let request = get("ruled.test", "Connection: close\r\nX-Key: forged\r\nCookie: a=b\r\n");
+    let plain = world.ask(&request).await;
+    assert!(
+        plain.contains("x-robots-tag: noindex\r\n") && !plain.contains("secret") && !plain.contains("strict"),
+        "{plain}"
+    );
+    let mut io = world.visit(tls(Protocol::Http1, "ruled.test"));
+    io.write_all(request.as_bytes()).await.unwrap();
+    let secure = read_all(&mut io).await;
+    assert!(secure.contains("strict-transport-security: max-age=600; includeSubDomains\r\n"), "{secure}");
+}
+
+#[tokio::test]
+async fn a_trusted_peer_says_who_asks_and_how() {
+    let settings = HttpSettings {
+        trusted_peers: vec![crate::fields::Network("198.51.100.0/24".parse().unwrap())],
+        ..HttpSettings::default()
+    };
+    let world = World::new(settings, |mut io| async move {
+        let head = read_head(&mut io).await;
+        let _ = io.write_all(ok(&head).as_bytes()).await;
+    });
+    let claims = "Connection: close\r\nX-Forwarded-For: 1.1.1.1, 203.0.113.5\r\nX-Forwarded-Proto: https\r\n";
+    let seen = world.ask(&get("a.test", claims)).await;
+    assert!(seen.contains("x-forwarded-for: 203.0.113.5, 198.51.100.7\r\n"), "{seen}");
+    assert!(world.ask(&get("s.test", claims)).await.starts_with("HTTP/1.1 200"), "not redirected: it is HTTPS already");
+    assert_eq!(world.records(1).await[0].visitor.ip().to_string(), "203.0.113.5");
 }
