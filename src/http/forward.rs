@@ -5,7 +5,9 @@
 use std::sync::Arc;
 
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{CONTENT_LENGTH, EXPECT, HeaderValue, STRICT_TRANSPORT_SECURITY, UPGRADE};
+use hyper::header::{
+    CONTENT_LENGTH, EXPECT, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, STRICT_TRANSPORT_SECURITY, UPGRADE,
+};
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
@@ -20,7 +22,7 @@ use super::origin_tls;
 use super::origins::{Key, Origin};
 use super::record::{Record, Tally};
 use super::upgrade::Upgrade;
-use super::{Chain, Connection, Dial, Http, Protocol};
+use super::{Chain, Connection, Dial, Http, Protocol, websocket};
 use crate::dial::Way;
 use crate::error::Error;
 use crate::model::SocketType;
@@ -37,6 +39,15 @@ struct Switch {
     visitor: OnUpgrade,
     origin: OnUpgrade,
     guard: Option<DropGuard>,
+    websocket: bool,
+}
+
+/// A visitor that wants to switch protocols.
+struct Wanted {
+    visitor: OnUpgrade,
+    /// The key of the handshake that is ours, where the visitor's is that of
+    /// HTTP/2 (RFC 8441).
+    key: Option<HeaderValue>,
 }
 
 impl From<Response<Body>> for Answer {
@@ -84,8 +95,15 @@ impl<D: Dial> Http<D> {
         record.status = Some(answer.response.status().as_u16());
         let pulse = &connection.pulse;
         match answer.switch {
-            Some(Switch { visitor, origin, guard }) => {
-                pulse.set_upgrade(Upgrade { visitor, origin, guard, record });
+            Some(Switch { visitor, origin, guard, websocket }) => {
+                let upgrade = Upgrade { visitor, origin, guard, websocket, record };
+                match version {
+                    Version::HTTP_2 => {
+                        let (drain, cut) = (connection.drain.clone(), connection.cut.clone());
+                        self.tracker.spawn(upgrade.run(self.settings.upgrade_idle, drain, cut));
+                    }
+                    _ => pulse.set_upgrade(upgrade),
+                }
                 answer.response
             }
             None => answer.response.map(|body| {
@@ -106,7 +124,12 @@ impl<D: Dial> Http<D> {
         upload: Upload,
         record: &mut Record,
     ) -> Result<Answer, Error> {
-        if parts.method == Method::CONNECT {
+        let tunnelled = parts.method == Method::CONNECT
+            && parts
+                .extensions
+                .get::<hyper::ext::Protocol>()
+                .is_some_and(|p| p.as_str().eq_ignore_ascii_case("websocket"));
+        if parts.method == Method::CONNECT && !tunnelled {
             record.tally.fail(Error::BadRequest);
             return Ok(answer::no_connect(asker).into());
         }
@@ -126,9 +149,13 @@ impl<D: Dial> Http<D> {
         if route.socket.redirect_https && !asked.secure {
             return Ok(answer::redirect(asker, &host, self.settings.public_https_port, &target.to_string()).into());
         }
-        let wanted =
-            headers::wanted_upgrade(parts.version, &parts.method, &parts.headers).filter(|_| upload.is_end_stream());
-        let visitor_side = wanted.is_some().then(|| parts.extensions.remove::<OnUpgrade>()).flatten();
+        let mut protocol = match tunnelled {
+            true => Some(HeaderValue::from_static("websocket")),
+            false => headers::wanted_upgrade(parts.version, &parts.method, &parts.headers),
+        };
+        protocol = protocol.filter(|_| upload.is_end_stream());
+        let visitor_side = protocol.is_some().then(|| parts.extensions.remove::<OnUpgrade>()).flatten();
+        let key = tunnelled.then(websocket::new_key);
         headers::rewrite_request(
             &mut parts.headers,
             &Rewrite {
@@ -138,7 +165,7 @@ impl<D: Dial> Http<D> {
                 authority: &authority,
                 host: route.socket.upstream.host.as_deref().unwrap_or(&authority),
                 id: asker.id,
-                upgrade: wanted.filter(|_| visitor_side.is_some()),
+                upgrade: protocol.filter(|_| visitor_side.is_some()),
                 chunked: !upload.is_end_stream() && upload.size_hint().exact().is_none(),
                 keep: self.origins.keeps(),
             },
@@ -148,13 +175,18 @@ impl<D: Dial> Http<D> {
             parts.headers.entry(CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
         }
         route.socket.request_headers.apply(&mut parts.headers);
+        if let Some(key) = &key {
+            parts.method = Method::GET;
+            parts.headers.insert(SEC_WEBSOCKET_KEY, key.clone());
+        }
+        let wanted = visitor_side.map(|visitor| Wanted { visitor, key });
         let mut request = Request::new(upload);
         *request.method_mut() = parts.method;
         *request.uri_mut() = target;
         *request.headers_mut() = parts.headers;
         self.expect(&mut request, parts.version, route.socket.upstream.http2);
 
-        self.forward(connection, &route, &host, request, visitor_side, record).await
+        self.forward(connection, &route, &host, request, wanted, record).await
     }
 
     /// The socket that a request for `host` on this connection reaches. What is
@@ -246,7 +278,7 @@ impl<D: Dial> Http<D> {
         route: &Arc<Route>,
         host: &str,
         request: Request<Upload>,
-        visitor_side: Option<OnUpgrade>,
+        wanted: Option<Wanted>,
         record: &mut Record,
     ) -> Result<Answer, Error> {
         record.place = Some(self.dialer.admit(route)?);
@@ -270,31 +302,42 @@ impl<D: Dial> Http<D> {
         // HTTP/2 streams share a visitor's connection, and so cannot own another.
         let owner = Some(connection).filter(|c| c.via.protocol == Protocol::Http1);
         origin.learn(response.headers(), owner);
-        let mut answer = Self::answer_of(origin, response, visitor_side)?;
+        let mut answer = Self::answer_of(origin, response, wanted)?;
         route.socket.response_headers.apply(answer.response.headers_mut());
         Ok(answer)
     }
 
     /// Makes the origin's answer the visitor's.
-    fn answer_of(
-        origin: Origin,
-        mut response: Response<Incoming>,
-        visitor_side: Option<OnUpgrade>,
-    ) -> Result<Answer, Error> {
+    fn answer_of(origin: Origin, mut response: Response<Incoming>, wanted: Option<Wanted>) -> Result<Answer, Error> {
         let received = response.version();
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             // An answer to a question that was not asked would turn what the
             // visitor sends next into whatever the origin takes it for.
-            let visitor = visitor_side.ok_or(Error::OriginProtocol)?;
+            let Wanted { visitor, key } = wanted.ok_or(Error::OriginProtocol)?;
             let origin_side = hyper::upgrade::on(&mut response);
             let (mut head, _) = response.into_parts();
             let protocol = head.headers.get(UPGRADE).cloned().ok_or(Error::OriginProtocol)?;
+            let websocket = protocol.as_bytes().eq_ignore_ascii_case(b"websocket");
             headers::rewrite_response(&mut head.headers, received);
             head.headers.remove(CONTENT_LENGTH);
-            head.headers.insert(hyper::header::CONNECTION, HeaderValue::from_static("upgrade"));
-            head.headers.insert(UPGRADE, protocol);
-            let switch = Switch { visitor, origin: origin_side, guard: origin.into_guard() };
+            match key {
+                // RFC 8441 §5: what was 101 and an accepted key is 200.
+                Some(key) if websocket && websocket::accepts(&head.headers, &key) => {
+                    head.status = StatusCode::OK;
+                    head.headers.remove(SEC_WEBSOCKET_ACCEPT);
+                }
+                Some(_) => return Err(Error::OriginProtocol),
+                None => {
+                    head.headers.insert(hyper::header::CONNECTION, HeaderValue::from_static("upgrade"));
+                    head.headers.insert(UPGRADE, protocol);
+                }
+            }
+            let switch = Switch { visitor, origin: origin_side, guard: origin.into_guard(), websocket };
             return Ok(Answer { response: Response::from_parts(head, Body::empty()), switch: Some(switch) });
+        }
+        if response.status().is_success() && wanted.is_some_and(|wanted| wanted.key.is_some()) {
+            // It would tell the visitor that a WebSocket is open.
+            return Err(Error::OriginProtocol);
         }
         let (mut head, incoming) = response.into_parts();
         headers::rewrite_response(&mut head.headers, received);

@@ -16,6 +16,7 @@ mod pulse;
 mod record;
 mod settings;
 mod upgrade;
+mod websocket;
 
 #[cfg(test)]
 mod tests;
@@ -93,6 +94,8 @@ struct Connection {
     visitor: Visitor,
     via: Via,
     pulse: Arc<Pulse>,
+    drain: CancellationToken,
+    cut: CancellationToken,
     /// A connection to an origin that is authenticated as this visitor.
     own: Mutex<Option<Origin>>,
 }
@@ -152,9 +155,11 @@ impl<D: Dial> Http<D> {
         let pulse = Arc::new(Pulse::new(protocol == Protocol::Http1));
         let io = VisitorIo::new(stream, protocol, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
         let io = TokioIo::new(io);
-        let connection = Arc::new(Connection { visitor, via, pulse, own: Mutex::new(None) });
         // Children, because polling a token locks it: connections must not meet at one lock.
         let (drain, cut) = (drain.child_token(), cut.child_token());
+        let own = Mutex::new(None);
+        let connection = Connection { visitor, via, pulse, drain: drain.clone(), cut: cut.clone(), own };
+        let connection = Arc::new(connection);
         let http = Arc::clone(self);
         let at = Arc::clone(&connection);
         let service = service_fn(move |request: Request<Incoming>| {
@@ -174,7 +179,7 @@ impl<D: Dial> Http<D> {
             }
         }
         if let Some(upgrade) = connection.pulse.take_upgrade() {
-            upgrade.run(&self.settings, &cut).await;
+            upgrade.run(self.settings.upgrade_idle, drain, cut).await;
         }
     }
 
@@ -200,6 +205,7 @@ impl<D: Dial> Http<D> {
         });
         builder
             .timer(TokioTimer::new())
+            .enable_connect_protocol()
             .max_concurrent_streams(s.h2_streams)
             .max_header_list_size(window(s.head_max.0))
             .initial_stream_window_size(window(s.h2_stream_window.0))

@@ -1340,3 +1340,79 @@ async fn a_trusted_peer_says_who_asks_and_how() {
     assert!(world.ask(&get("s.test", claims)).await.starts_with("HTTP/1.1 200"), "not redirected: it is HTTPS already");
     assert_eq!(world.records(1).await[0].visitor.ip().to_string(), "203.0.113.5");
 }
+
+/// An origin that takes a WebSocket with the right key and sends back what comes.
+fn websocket_echo() -> World {
+    World::new(HttpSettings::default(), |mut io| async move {
+        let head = read_head(&mut io).await;
+        let Some(key) = head.lines().find_map(|l| l.strip_prefix("sec-websocket-key: ")) else {
+            let _ = io.write_all(ok("no key").as_bytes()).await;
+            return;
+        };
+        assert!(head.starts_with("GET /chat HTTP/1.1") && head.contains("upgrade: websocket"), "{head}");
+        let salted = format!("{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+        let sum = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA1_FOR_LEGACY_USE_ONLY, salted.as_bytes());
+        let accept = data_encoding::BASE64.encode(sum.as_ref());
+        let accept = if head.contains("x-lie") { "AAAA".to_owned() } else { accept };
+        let answer = format!(
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+             Sec-WebSocket-Accept: {accept}\r\nSec-WebSocket-Protocol: chat\r\n\r\n"
+        );
+        io.write_all(answer.as_bytes()).await.unwrap();
+        let (mut from, mut to) = tokio::io::split(io);
+        let _ = tokio::io::copy(&mut from, &mut to).await;
+        let _ = to.shutdown().await;
+    })
+}
+
+async fn over_http2(world: &World, more: Option<(&'static str, &'static str)>) -> Response<Incoming> {
+    let mut h2 = world.h2(h2_plain()).await;
+    // The node's settings are known once it has answered.
+    let first = Request::get("http://a.test/").body(empty()).unwrap();
+    soon(h2.send_request(first)).await.unwrap();
+    let mut request = Request::connect("http://a.test/chat").header("sec-websocket-version", "13");
+    if let Some((name, value)) = more {
+        request = request.header(name, value);
+    }
+    let request = request.extension(hyper::ext::Protocol::from_static("websocket")).body(empty()).unwrap();
+    soon(h2.send_request(request)).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_websocket_over_http2_reaches_an_origin_of_http1() {
+    let world = websocket_echo();
+    let answer = over_http2(&world, None).await;
+    assert_eq!(
+        (answer.status(), answer.headers()["sec-websocket-protocol"].as_bytes()),
+        (StatusCode::OK, b"chat".as_slice())
+    );
+    assert!(!answer.headers().contains_key("sec-websocket-accept") && !answer.headers().contains_key("upgrade"));
+    let mut io = TokioIo::new(soon(hyper::upgrade::on(answer)).await.unwrap());
+    let frame = [0x82, 5, b'h', b'e', b'l', b'l', b'o'];
+    let mut read = [0; 7];
+    for _ in 0..3 {
+        io.write_all(&frame).await.unwrap();
+        soon(io.read_exact(&mut read)).await.unwrap();
+        assert_eq!(read, frame);
+    }
+    // A node that drains says so, and the record is of a visit that ended well.
+    world.drain.cancel();
+    let mut rest = Vec::new();
+    soon(io.read_to_end(&mut rest)).await.unwrap();
+    assert_eq!(rest, [0x88, 2, 0x03, 0xe9]);
+    let _ = io.shutdown().await;
+    let visits = world.records(2).await;
+    assert_eq!((visits[1].status, visits[1].error, visits[1].bytes_up), (Some(200), None, 21 + 8));
+}
+
+#[tokio::test]
+async fn an_origin_that_does_not_take_the_websocket_opens_none() {
+    let lying = over_http2(&websocket_echo(), Some(("x-lie", "1"))).await;
+    assert_eq!(lying.status(), 502, "the accepted key is not ours");
+    for (answer, status) in
+        [(ok("hello"), 502), ("HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n".to_owned(), 403)]
+    {
+        let world = World::echo(move |_| answer.clone());
+        assert_eq!(over_http2(&world, None).await.status(), status);
+    }
+}

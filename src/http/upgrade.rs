@@ -2,16 +2,26 @@
 //! are taken back from hyper and relayed raw until either side, silence or the
 //! node's end ends it.
 
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::io::{OriginIo, VisitorIo};
 use super::record::Record;
-use super::settings::HttpSettings;
+use super::websocket;
 use crate::error::Error;
 use crate::relay::{RelaySettings, relay};
-use crate::stream::Stream;
+use crate::stream::{Duplex, Stream};
+
+/// Both heads are through already, so giving the streams up is a matter of
+/// scheduling alone.
+const GIVEN_UP: Duration = Duration::from_secs(15);
 
 /// An upgrade that both sides agreed to.
 pub(super) struct Upgrade {
@@ -19,28 +29,35 @@ pub(super) struct Upgrade {
     pub(super) origin: OnUpgrade,
     /// Ends the origin's connection, unless it was taken over.
     pub(super) guard: Option<DropGuard>,
+    /// Whether it is a WebSocket, which can be told to leave.
+    pub(super) websocket: bool,
     pub(super) record: Record,
 }
 
 impl Upgrade {
-    /// Relays until the upgraded connection ends; its record is told then.
-    pub(super) async fn run(self, settings: &HttpSettings, cut: &CancellationToken) {
-        let Self { visitor, origin, guard, mut record } = self;
+    /// Relays until the upgraded connection ends, or is silent for `idle`; its
+    /// record is told then. A WebSocket is closed in good order once `drain` is
+    /// cancelled.
+    pub(super) async fn run(self, idle: Duration, drain: CancellationToken, cut: CancellationToken) {
+        let Self { visitor, origin, guard, websocket, mut record } = self;
         let streams = async {
-            let visitor = visitor.await.ok().and_then(visitor_stream)?;
-            let origin = origin.await.ok().and_then(origin_stream)?;
-            Some((visitor, origin))
+            let visitor = visitor_stream(visitor.await.ok()?);
+            let origin = origin_stream(origin.await.ok()?)?;
+            Some((visitor?, origin))
         };
-        // Both heads are through already, so this is a matter of scheduling alone.
-        let Ok(Some((visitor, origin))) = tokio::time::timeout(settings.head_deadline, streams).await else {
+        let Ok(Some((visitor, origin))) = tokio::time::timeout(GIVEN_UP, streams).await else {
             record.tally.fail(Error::Internal);
             return;
         };
         if let Some(guard) = guard {
             guard.disarm();
         }
-        let quiet = RelaySettings { idle: settings.upgrade_idle, ..RelaySettings::default() };
-        let relayed = relay(visitor, origin, &quiet, cut).await;
+        let (visitor, origin) = match websocket {
+            true => websocket::leaving_at(&drain, visitor, origin),
+            false => (visitor, origin),
+        };
+        let quiet = RelaySettings { idle, ..RelaySettings::default() };
+        let relayed = relay(visitor, origin, &quiet, &cut).await;
         record.tally.sent_up(usize::try_from(relayed.up).unwrap_or(usize::MAX));
         record.tally.sent_down(usize::try_from(relayed.down).unwrap_or(usize::MAX));
         match relayed.error() {
@@ -51,11 +68,43 @@ impl Upgrade {
 }
 
 fn visitor_stream(upgraded: Upgraded) -> Option<Stream> {
-    let parts = upgraded.downcast::<TokioIo<VisitorIo>>().ok()?;
-    parts.io.into_inner().into_stream(parts.read_buf)
+    match upgraded.downcast::<TokioIo<VisitorIo>>() {
+        Ok(parts) => parts.io.into_inner().into_stream(parts.read_buf),
+        // A stream of HTTP/2.
+        Err(upgraded) => Some(Stream::other(Tunnelled(TokioIo::new(upgraded)))),
+    }
 }
 
 fn origin_stream(upgraded: Upgraded) -> Option<Stream> {
     let parts = upgraded.downcast::<TokioIo<OriginIo>>().ok()?;
     Some(parts.io.into_inner().into_stream(parts.read_buf))
+}
+
+/// A visitor's stream of HTTP/2 as bytes.
+struct Tunnelled(TokioIo<Upgraded>);
+
+impl AsyncRead for Tunnelled {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Tunnelled {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+impl Duplex for Tunnelled {
+    /// hyper has no way to reset it; a WebSocket's end tells itself, by a close
+    /// frame or by having none.
+    fn reset(&mut self) {}
 }
