@@ -20,6 +20,7 @@ use super::forwarded::{self, Asked};
 use super::headers::{self, Authority, Rewrite};
 use super::origin_tls;
 use super::origins::{Key, Origin};
+use super::pulse::Pulse;
 use super::record::{Record, Tally};
 use super::upgrade::Upgrade;
 use super::{Chain, Connection, Dial, Http, Protocol, websocket};
@@ -94,6 +95,7 @@ impl<D: Dial> Http<D> {
         }
         record.status = Some(answer.response.status().as_u16());
         let pulse = &connection.pulse;
+        pulse.answers();
         match answer.switch {
             Some(Switch { visitor, origin, guard, websocket }) => {
                 let upgrade = Upgrade { visitor, origin, guard, websocket, record };
@@ -184,7 +186,8 @@ impl<D: Dial> Http<D> {
         *request.method_mut() = parts.method;
         *request.uri_mut() = target;
         *request.headers_mut() = parts.headers;
-        self.expect(&mut request, parts.version, route.socket.upstream.http2);
+        let http2 = route.socket.upstream.http2;
+        self.hear_interim(&mut request, parts.version, http2, &connection.pulse);
 
         self.forward(connection, &route, &host, request, wanted, record).await
     }
@@ -205,22 +208,26 @@ impl<D: Dial> Http<D> {
     }
 
     /// Leaves it to the origin to ask for an announced body, where the visitor
-    /// can be told so.
-    fn expect(&self, request: &mut Request<Upload>, version: Version, http2: bool) {
-        if !headers::names(request.headers(), EXPECT, "100-continue") {
-            return;
-        }
-        // hyper has no way to say 100 over HTTP/2, or to hear it; HTTP/1.0 does not know it.
-        if version != Version::HTTP_11 || http2 || request.body().is_end_stream() {
+    /// can be told so, and passes other interim answers on.
+    fn hear_interim(&self, request: &mut Request<Upload>, version: Version, http2: bool, pulse: &Arc<Pulse>) {
+        let expects = headers::names(request.headers(), EXPECT, "100-continue");
+        // hyper has no way to say 1xx over HTTP/2, or to hear it; HTTP/1.0 does not know it.
+        let deaf = version != Version::HTTP_11 || http2;
+        if expects && (deaf || request.body().is_end_stream()) {
             request.headers_mut().remove(EXPECT);
+        }
+        if deaf {
             return;
         }
-        let go = CancellationToken::new();
-        request.body_mut().hold(go.clone(), self.settings.continue_wait);
-        hyper::ext::on_informational(request, move |interim| {
-            if interim.status() == StatusCode::CONTINUE {
-                go.cancel();
-            }
+        let go = request.headers().contains_key(EXPECT).then(CancellationToken::new);
+        if let Some(go) = &go {
+            request.body_mut().hold(go.clone(), self.settings.continue_wait);
+        }
+        let pulse = Arc::clone(pulse);
+        hyper::ext::on_informational(request, move |interim| match (interim.status(), &go) {
+            (StatusCode::CONTINUE, Some(go)) => go.cancel(),
+            (StatusCode::CONTINUE, None) => {}
+            (status, _) => pulse.interim(&headers::interim(status, interim.headers())),
         });
     }
 

@@ -6,7 +6,7 @@ use hyper::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue,
     PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
 };
-use hyper::{Method, Uri, Version};
+use hyper::{Method, StatusCode, Uri, Version};
 
 use super::forwarded::{self, Asked, X_REQUEST_ID};
 use crate::error::Error;
@@ -293,6 +293,22 @@ pub fn rewrite_response(headers: &mut HeaderMap, received: Version) {
     }
     strip_hop_by_hop(headers);
     append_via(headers, received);
+}
+
+/// An interim answer (RFC 9110 §15.2) in HTTP/1.1's form.
+pub fn interim(status: StatusCode, headers: &HeaderMap) -> Vec<u8> {
+    let mut headers = headers.clone();
+    strip_hop_by_hop(&mut headers);
+    headers.remove(CONTENT_LENGTH);
+    let reason = status.canonical_reason().unwrap_or("Interim");
+    let mut head = format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).into_bytes();
+    for (name, value) in &headers {
+        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            head.extend_from_slice(part);
+        }
+    }
+    head.extend_from_slice(b"\r\n");
+    head
 }
 
 fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {

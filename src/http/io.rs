@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio_util::task::TaskTracker;
 
@@ -35,6 +35,9 @@ pub(super) struct VisitorIo {
     shut: bool,
     /// The visitor closed theirs, or the stream broke.
     ended: bool,
+    /// What is left to write of interim answers, and whether it is to be flushed.
+    interim: Bytes,
+    unflushed: bool,
 }
 
 impl VisitorIo {
@@ -46,12 +49,41 @@ impl VisitorIo {
         linger: Duration,
     ) -> Self {
         let framing = (protocol == Protocol::Http1).then(Framing::default);
-        Self { stream: Some(stream), framing, pulse, tracker, linger, shut: false, ended: false }
+        Self {
+            stream: Some(stream),
+            framing,
+            pulse,
+            tracker,
+            linger,
+            shut: false,
+            ended: false,
+            interim: Bytes::new(),
+            unflushed: false,
+        }
     }
 
     /// The bare stream, with what hyper had read too far put back.
     pub(super) fn into_stream(mut self, unread: Bytes) -> Option<Stream> {
         self.stream.take().map(|stream| put_back(stream, unread))
+    }
+
+    /// Writes the interim answers that there are. hyper's server knows none but
+    /// 100, and answers are all that it writes: between two of them is room.
+    fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.interim.is_empty() {
+            self.interim = self.pulse.take_interim(cx.waker()).into();
+        }
+        while !self.interim.is_empty() {
+            let rest = self.interim.clone();
+            let written = ready!(self.stream()?.poll_write(cx, &rest))?;
+            self.interim.advance(written);
+            self.unflushed = true;
+        }
+        if self.unflushed {
+            ready!(self.stream()?.poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn stream(&mut self) -> io::Result<Pin<&mut Stream>> {
@@ -75,6 +107,8 @@ fn put_back(mut stream: Stream, unread: Bytes) -> Stream {
 
 impl AsyncRead for VisitorIo {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        // Whatever comes of it, the next write or read goes on with it.
+        let _ = self.poll_interim(cx);
         let before = buf.filled().len();
         let read = if self.ended { Ok(()) } else { ready!(self.stream()?.poll_read(cx, buf)) };
         if let Err(error) = read {
@@ -104,6 +138,8 @@ impl AsyncRead for VisitorIo {
 
 impl AsyncWrite for VisitorIo {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_interim(cx))?;
+        self.pulse.writes();
         self.stream()?.poll_write(cx, buf)
     }
 
@@ -112,6 +148,8 @@ impl AsyncWrite for VisitorIo {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_interim(cx))?;
+        self.pulse.writes();
         self.stream()?.poll_write_vectored(cx, bufs)
     }
 

@@ -51,7 +51,17 @@ struct State {
     uploader: Option<Waker>,
     upgrade: Option<Box<Upgrade>>,
     abort: bool,
+    /// Interim answers (1xx) that have not been written yet.
+    interim: Vec<u8>,
+    /// Nothing of the answer, nor of the one before, is or can be half written.
+    clear: bool,
+    /// hyper has the answer.
+    handed: bool,
+    watcher: Option<Waker>,
 }
+
+/// Longest row of interim answers to one request, in bytes.
+const INTERIM_MAX: usize = 16 << 10;
 
 /// The visitor's end of its side. hyper takes it for the visitor's leaving and
 /// drops the request, so it is held back while an answer is still owed.
@@ -79,6 +89,10 @@ impl Pulse {
                 uploader: None,
                 upgrade: None,
                 abort: false,
+                interim: Vec::new(),
+                clear: false,
+                handed: false,
+                watcher: None,
             }),
         }
     }
@@ -91,6 +105,8 @@ impl Pulse {
         s.head = None;
         s.fresh = false;
         s.flushed = false;
+        (s.clear, s.handed) = (false, false);
+        s.interim.clear();
         // A pipelined request has as much right to its answer as the one before.
         if s.eof == Eof::Released {
             s.eof = Eof::Unseen;
@@ -162,11 +178,52 @@ impl Pulse {
     /// All that was written has left.
     pub(super) fn flushed(&self) {
         let mut s = self.state.lock();
+        // hyper flushes what it has of the former answer first.
+        s.clear |= s.live > 0 && !s.handed;
         if s.live == 0 && !s.flushed {
             s.flushed = true;
             if matches!(s.eof, Eof::Held(_)) {
                 s.release_eof();
             }
+        }
+    }
+
+    /// An interim answer to the request under way, as it goes to the visitor.
+    pub(super) fn interim(&self, head: &[u8]) {
+        let mut s = self.state.lock();
+        if self.serial && !s.handed && s.interim.len() + head.len() <= INTERIM_MAX {
+            s.interim.extend_from_slice(head);
+            if let Some(watcher) = s.watcher.take() {
+                watcher.wake();
+            }
+        }
+    }
+
+    /// The interim answers that can be written now. Where there are none,
+    /// `watcher` is woken by the next.
+    pub(super) fn take_interim(&self, watcher: &Waker) -> Vec<u8> {
+        if !self.serial {
+            return Vec::new();
+        }
+        let mut s = self.state.lock();
+        if s.clear && !s.interim.is_empty() {
+            return std::mem::take(&mut s.interim);
+        }
+        if !s.watcher.as_ref().is_some_and(|w| w.will_wake(watcher)) {
+            s.watcher = Some(watcher.clone());
+        }
+        Vec::new()
+    }
+
+    /// hyper is given the answer now.
+    pub(super) fn answers(&self) {
+        self.state.lock().handed = true;
+    }
+
+    /// hyper writes.
+    pub(super) fn writes(&self) {
+        if self.serial {
+            self.state.lock().clear = false;
         }
     }
 

@@ -1416,3 +1416,46 @@ async fn an_origin_that_does_not_take_the_websocket_opens_none() {
         assert_eq!(over_http2(&world, None).await.status(), status);
     }
 }
+
+#[tokio::test]
+async fn interim_answers_pass_before_the_answer_and_nowhere_else() {
+    const HINTS: &str = "HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\nConnection: x\r\nX: 1\r\n\r\n";
+    const HEARD: &str = "HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\n\r\n";
+    // Two of them long before the answer, then one together with it.
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        loop {
+            let head = read_head(&mut io).await;
+            if head.is_empty() {
+                return;
+            }
+            let said =
+                if head.starts_with("GET /slow") { [HINTS, HINTS].concat() } else { [HINTS, &ok("fast")].concat() };
+            io.write_all(said.as_bytes()).await.unwrap();
+            if head.starts_with("GET /slow") {
+                // The answer waits until they have been heard.
+                read_until(&mut io, "heard").await;
+                io.write_all(ok("slow").as_bytes()).await.unwrap();
+            }
+        }
+    });
+    let mut io = world.plain();
+    let request = "GET /slow HTTP/1.1\r\nHost: a.test\r\nContent-Length: 5\r\n\r\n";
+    io.write_all(request.as_bytes()).await.unwrap();
+    assert_eq!(read_head(&mut io).await, HEARD);
+    assert_eq!(read_head(&mut io).await, HEARD);
+    io.write_all(b"heard").await.unwrap();
+    assert!(read_until(&mut io, "slow").await.starts_with("HTTP/1.1 200"));
+    // Pipelined: each answer is whole.
+    io.write_all(get("a.test", "").repeat(3).as_bytes()).await.unwrap();
+    for _ in 0..3 {
+        assert_eq!(read_head(&mut io).await, HEARD);
+        let answer = read_until(&mut io, "fast").await;
+        assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("103"), "{answer}");
+    }
+    // HTTP/1.0 and HTTP/2 visitors get the answer alone.
+    let old = world.ask("GET / HTTP/1.0\r\nHost: a.test\r\n\r\n").await;
+    assert!(old.starts_with("HTTP/1.0 200") || old.starts_with("HTTP/1.1 200"), "{old}");
+    let mut h2 = world.h2(h2_plain()).await;
+    let request = Request::get("http://a.test/").body(empty()).unwrap();
+    assert_eq!(soon(h2.send_request(request)).await.unwrap().status(), 200);
+}
