@@ -20,6 +20,7 @@ use crate::ingress::hello::HelloSettings;
 use crate::ingress::listener::TcpSettings;
 use crate::model::HostName;
 use crate::relay::RelaySettings;
+use crate::visit_log::access_log::AccessLogSettings;
 use crate::{text_field, tls, tunnel};
 
 /// The node's settings, immutable after start.
@@ -29,6 +30,8 @@ pub struct Config {
     pub node: NodeSettings,
     /// `[log]`: what is logged and how.
     pub log: LogSettings,
+    /// `[access_log]`: a line for each visit.
+    pub access_log: AccessLogSettings,
     /// `[ingress]`: where visitors arrive.
     pub ingress: IngressSettings,
     /// `[hello]`: what may come before a connection says what it speaks.
@@ -60,6 +63,7 @@ impl Config {
         Self {
             node: section(f, "node", NodeSettings::read),
             log: section(f, "log", LogSettings::read),
+            access_log: section(f, "access_log", AccessLogSettings::read),
             ingress: section(f, "ingress", IngressSettings::read),
             hello: section(f, "hello", HelloSettings::read),
             tcp: section(f, "tcp", TcpSettings::read),

@@ -7,11 +7,15 @@ use metrics::Unit;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::Error;
-use crate::visit_log::{Visit, What};
+use crate::visit_log::Visit;
 
 /// Name, unit and help of each counter.
 const COUNTERS: &[(&str, Unit, &str)] = &[
-    ("adit_visits_total", Unit::Count, "Requests and raw connections that ended, by kind, error label and fault"),
+    (
+        "adit_visits_total",
+        Unit::Count,
+        "Requests and raw connections that ended, by type of the socket, class of the status, error and whose fault it was",
+    ),
     ("adit_visit_bytes_total", Unit::Bytes, "Bytes relayed, by direction: up = towards the origin"),
     (
         "adit_origin_requests_total",
@@ -19,6 +23,11 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
         "Requests sent to origins, by connection: kept from an earlier one, or new",
     ),
     ("adit_origin_retries_total", Unit::Count, "Requests sent again because their connection had ended"),
+    (
+        "adit_access_log_dropped_total",
+        Unit::Count,
+        "Visits left out of the access log: sampled, over its rate, or its writer too slow",
+    ),
     ("adit_visitors_refused_total", Unit::Count, "Connections refused at the door, by limit"),
     ("adit_visitors_stalled_total", Unit::Count, "Visitors reset because they held their tunnel up"),
     ("adit_visitors_cut_total", Unit::Count, "Connections cut at the end of a drain"),
@@ -36,6 +45,21 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
 /// Name, unit and help of each gauge.
 const GAUGES: &[(&str, Unit, &str)] = &[
     ("adit_visitors", Unit::Count, "Visitors' connections open now, by door"),
+    ("adit_http_connections", Unit::Count, "Visitors' HTTP connections open now, by protocol"),
+    ("adit_requests", Unit::Count, "Requests under way"),
+    ("adit_upgrades", Unit::Count, "WebSockets and other upgraded connections open now"),
+    ("adit_raw_connections", Unit::Count, "Raw connections that are relayed now, by type of the socket"),
+    (
+        "adit_tunnel_outstanding_bytes",
+        Unit::Bytes,
+        "Promised to owners' clients or waiting for visitors, of ssh.node_buffer",
+    ),
+    ("adit_access_log_queue", Unit::Count, "Visits that wait for the access log's writer"),
+    ("process_resident_memory_bytes", Unit::Bytes, "Memory in RAM"),
+    ("process_open_fds", Unit::Count, "Open descriptors"),
+    ("process_max_fds", Unit::Count, "Most descriptors that may be open"),
+    ("process_cpu_seconds_total", Unit::Seconds, "Processor time used"),
+    ("process_threads", Unit::Count, "Threads"),
     ("adit_origin_connections_kept", Unit::Count, "Connections to origins that wait for a request"),
     ("adit_tunnels_attached", Unit::Count, "Tunnels that live sessions serve, standbys included"),
     ("adit_sessions", Unit::Count, "SSH sessions logged in"),
@@ -44,7 +68,11 @@ const GAUGES: &[(&str, Unit, &str)] = &[
 
 /// Name, unit and help of each histogram.
 const HISTOGRAMS: &[(&str, Unit, &str)] = &[
-    ("adit_visit_first_byte_seconds", Unit::Seconds, "From the start of a visit to the origin's first byte"),
+    (
+        "adit_visit_seconds",
+        Unit::Seconds,
+        "Parts of a visit: tls (the handshake before it), route (and gate), dial, first_byte (of the origin, from the start), total",
+    ),
     ("adit_store_commit_seconds", Unit::Seconds, "Time for a group of transactions to reach the disk"),
     ("adit_tunnel_rtt_seconds", Unit::Seconds, "Round trips to owners' SSH clients"),
 ];
@@ -80,6 +108,7 @@ impl Exporter {
 
     /// All metrics in Prometheus' text form.
     pub fn render(&self) -> String {
+        process();
         self.0.render()
     }
 
@@ -112,23 +141,98 @@ impl Drop for Present {
 
 /// Counts one finished visit.
 pub fn visit(visit: &Visit) {
-    let kind = match &visit.what {
-        What::Request { .. } => "request",
-        What::Connection(kind) => kind,
+    let class = match visit.status.map(|status| status / 100) {
+        Some(1) => "1xx",
+        Some(2) => "2xx",
+        Some(3) => "3xx",
+        Some(4) => "4xx",
+        Some(5) => "5xx",
+        _ => "none",
     };
     let error = visit.error.map_or("none", Error::label);
     let fault = visit.error.map_or("none", |e| e.fault().as_str());
-    metrics::counter!("adit_visits_total", "kind" => kind, "error" => error, "fault" => fault).increment(1);
+    let kind = visit.kind;
+    metrics::counter!("adit_visits_total", "type" => kind, "class" => class, "error" => error, "fault" => fault)
+        .increment(1);
     metrics::counter!("adit_visit_bytes_total", "direction" => "up").increment(visit.bytes_up);
     metrics::counter!("adit_visit_bytes_total", "direction" => "down").increment(visit.bytes_down);
-    if let Some(first) = visit.first_byte {
-        metrics::histogram!("adit_visit_first_byte_seconds").record(first.as_secs_f64());
+    macro_rules! legs {
+        ($($name:literal: $time:expr),*) => {$(
+            if let Some(time) = $time {
+                metrics::histogram!("adit_visit_seconds", "leg" => $name).record(time.as_secs_f64());
+            }
+        )*};
+    }
+    let legs = &visit.legs;
+    legs!("tls": legs.tls, "route": legs.route, "dial": legs.dial, "first_byte": visit.first_byte, "total": Some(visit.total));
+}
+
+/// Sets the gauges of this process, as the kernel tells them.
+fn process() {
+    let read = |file: &str| std::fs::read_to_string(format!("/proc/self/{file}")).unwrap_or_default();
+    let status = read("status");
+    let field = |name: &str| -> Option<f64> {
+        status.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
+    };
+    if let Some(kib) = field("VmRSS:") {
+        metrics::gauge!("process_resident_memory_bytes").set(kib * 1024.0);
+    }
+    if let Some(threads) = field("Threads:") {
+        metrics::gauge!("process_threads").set(threads);
+    }
+    if let Ok(fds) = std::fs::read_dir("/proc/self/fd") {
+        metrics::gauge!("process_open_fds").set(fds.count() as f64);
+    }
+    let limits = read("limits");
+    let max = limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
+    if let Some(max) = max.and_then(|max| max.parse::<f64>().ok()) {
+        metrics::gauge!("process_max_fds").set(max);
+    }
+    // proc_pid_stat(5): fields 14 and 15, in hundredths of a second; the name
+    // before them may hold anything.
+    let stat = read("stat");
+    let ticks = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(2));
+    if let Some(ticks) = ticks.map(|ticks| ticks.filter_map(|n| n.parse::<f64>().ok()).sum::<f64>()) {
+        metrics::gauge!("process_cpu_seconds_total").set(ticks / 100.0);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_dashboard_asks_for_metrics_that_exist() {
+        let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config/grafana.json");
+        let dashboard: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+        let mut asked = Vec::new();
+        fn gather(value: &serde_json::Value, asked: &mut Vec<String>) {
+            match value {
+                serde_json::Value::Object(map) => {
+                    asked.extend(map.get("expr").and_then(|expr| expr.as_str()).map(str::to_owned));
+                    map.values().for_each(|value| gather(value, asked));
+                }
+                serde_json::Value::Array(list) => list.iter().for_each(|value| gather(value, asked)),
+                _ => {}
+            }
+        }
+        gather(&dashboard, &mut asked);
+        assert!(asked.len() > 20, "{asked:?}");
+        let plain: Vec<&str> = COUNTERS.iter().chain(GAUGES).map(|(name, ..)| *name).collect();
+        let (mut buckets, mut seen) = (0, std::collections::BTreeSet::new());
+        for expr in &asked {
+            let words = expr.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            for name in words.filter(|w| w.starts_with("adit_") || w.starts_with("process_")) {
+                let histogram = HISTOGRAMS
+                    .iter()
+                    .any(|(h, ..)| ["_bucket", "_sum", "_count"].iter().any(|end| name.strip_suffix(end) == Some(h)));
+                buckets += usize::from(histogram);
+                assert!(histogram || plain.contains(&name), "{name} in {expr}");
+                seen.insert(name.to_owned());
+            }
+        }
+        assert!(buckets > 0 && seen.len() > 20, "{seen:?}");
+    }
 
     #[test]
     fn every_metric_in_the_code_is_described_here() {
@@ -145,7 +249,8 @@ mod tests {
         let known: Vec<&str> = COUNTERS.iter().chain(GAUGES).chain(HISTOGRAMS).map(|(name, ..)| *name).collect();
         for macro_name in ["counter!(\"", "gauge!(\"", "histogram!(\""] {
             for name in all.iter().flat_map(|text| text.split(macro_name).skip(1)).filter_map(|t| t.split('"').next()) {
-                assert!(known.contains(&name) || !name.starts_with("adit_"), "{name} is not described");
+                let ours = name.starts_with("adit_") || name.starts_with("process_");
+                assert!(known.contains(&name) || !ours, "{name} is not described");
             }
         }
     }

@@ -31,6 +31,8 @@ use crate::secret_file;
 use crate::tls::Certificates;
 use crate::tls::dev::DevTls;
 use crate::tunnel::{self, HostKeyType, Mode, Tunnels, Urls};
+use crate::visit_log;
+use crate::visit_log::access_log::AccessLog;
 
 /// The store is read and the route table filled within this.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -103,6 +105,9 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let mut signals = Signals::install().map_err(|e| Failure::Start(format!("signals cannot be handled: {e}")))?;
     let state = StateDir::open(&config.node.state)?;
     let exporter = Exporter::install().map_err(Failure::Start)?;
+    if let Some(log) = AccessLog::start(&config.access_log).map_err(Failure::Start)? {
+        visit_log::install(log);
+    }
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     tasks.spawn(until(stop.clone(), exporter.clone().upkeep()));
 
@@ -157,6 +162,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));
     let http = HttpSettings { public_https_port: urls.https_port.unwrap_or(443), ..config.http.clone() };
     let http = Http::new(Arc::clone(&routes), Arc::clone(&dialer), http, stages.visitors.clone());
+    let http = http.map_err(Failure::Start)?;
     tasks.spawn({
         let (http, closed) = (Arc::clone(&http), stages.close.clone());
         async move {
@@ -169,7 +175,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         tls: Arc::clone(&certificates),
         dialer,
         http,
-        owners,
+        owners: Arc::clone(&owners),
         owner_tasks: owner_tasks.clone(),
         stages: stages.clone(),
         hello: config.hello,
@@ -186,7 +192,15 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let drain_asked = CancellationToken::new();
     let hooks = control::NodeHooks {
         status: status(&config, &bound, &tunnels, &routes, &ports),
-        metrics: Box::new(move || exporter.render()),
+        metrics: {
+            let owners = Arc::clone(&owners);
+            Box::new(move || {
+                metrics::gauge!("adit_tunnel_outstanding_bytes").set(owners.outstanding_bytes() as f64);
+                let queued = visit_log::access_log().map_or(0, AccessLog::queued);
+                metrics::gauge!("adit_access_log_queue").set(queued as f64);
+                exporter.render()
+            })
+        },
         ready: {
             let ready = Arc::clone(&ready);
             Box::new(move || ready.load(Ordering::Acquire).then_some(()).ok_or_else(|| "starting or draining".into()))
@@ -219,10 +233,15 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         tokio::select! {
             told = signals.next() => match told {
                 Told::End => break,
-                Told::Reload => match certificates.reload(&config.tls) {
-                    Ok(()) => tracing::info!("certificates read again"),
-                    Err(error) => tracing::error!(%error, "certificates not read again; the former ones stay"),
-                },
+                Told::Reload => {
+                    if let Some(log) = visit_log::access_log() {
+                        log.reopen();
+                    }
+                    match certificates.reload(&config.tls) {
+                        Ok(()) => tracing::info!("certificates read again"),
+                        Err(error) => tracing::error!(%error, "certificates not read again; the former ones stay"),
+                    }
+                }
             },
             () = drain_asked.cancelled() => break,
         }
@@ -245,6 +264,9 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let _ = tokio::time::timeout(Duration::from_secs(2), tasks.wait()).await;
     store.close().await;
     state.forget_listening();
+    if let Some(log) = visit_log::access_log() {
+        log.flush();
+    }
     tracing::info!("ended");
     Ok(())
 }

@@ -11,6 +11,7 @@ use hyper::{Method, Response, StatusCode, Version};
 
 use super::body::Body;
 use super::forwarded::X_REQUEST_ID;
+use super::page::{Said, Template};
 use crate::error::{Error, Fault};
 
 /// When to come back after a 503, in seconds: tunnel clients come back in one.
@@ -27,6 +28,8 @@ pub(super) struct Asker<'a> {
     pub(super) accept: Form,
     /// Its content type, where it is a gRPC call.
     pub(super) grpc: Option<&'a HeaderValue>,
+    /// What our pages look like.
+    pub(super) template: &'a Template,
     /// Its id.
     pub(super) id: &'a HeaderValue,
 }
@@ -88,7 +91,10 @@ fn page(asker: &Asker<'_>, status: StatusCode, label: &str, fault: Fault, text: 
     let id = asker.id.to_str().unwrap_or_default();
     let title = status.canonical_reason().unwrap_or("Error");
     let (kind, content) = match asker.accept {
-        Form::Html => ("text/html; charset=utf-8", html(status, title, text, id)),
+        Form::Html => {
+            let said = Said { status: status.as_u16(), title, text, id };
+            ("text/html; charset=utf-8", asker.template.fill(said))
+        }
         Form::Json => ("application/json", json(status, title, label, fault, text, id)),
         Form::Text => ("text/plain; charset=utf-8", format!("{} {title}\n{text}\nRequest {id}\n", status.as_u16())),
     };
@@ -104,7 +110,9 @@ fn page(asker: &Asker<'_>, status: StatusCode, label: &str, fault: Fault, text: 
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(
         CONTENT_SECURITY_POLICY,
-        HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+        HeaderValue::from_static(
+            "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'",
+        ),
     );
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(X_REQUEST_ID, asker.id.clone());
@@ -151,17 +159,6 @@ fn grpc_status(status: StatusCode) -> u16 {
     }
 }
 
-fn html(status: StatusCode, title: &str, text: &str, id: &str) -> String {
-    let (status, title, text, id) = (status.as_u16(), escape(title), escape(text), escape(id));
-    format!(
-        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width\">\n<title>{status} {title}</title>\n\
-         <style>body{{font:1rem/1.5 system-ui,sans-serif;max-width:36rem;margin:4rem auto;padding:0 1rem;\
-         color-scheme:light dark}}small{{opacity:.6}}</style>\n\
-         <h1>{status} {title}</h1>\n<p>{text}</p>\n<p><small>Request {id}</small></p>\n</html>\n"
-    )
-}
-
 fn json(status: StatusCode, title: &str, label: &str, fault: Fault, text: &str, id: &str) -> String {
     let page = serde_json::json!({
         "status": status.as_u16(),
@@ -172,21 +169,6 @@ fn json(status: StatusCode, title: &str, label: &str, fault: Fault, text: &str, 
         "request_id": id,
     });
     format!("{page}\n")
-}
-
-fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c => out.push(c),
-        }
-    }
-    out
 }
 
 /// The form in which a page is written.
@@ -272,11 +254,17 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_escaped_and_say_whose_fault_it_is() {
-        let id = HeaderValue::from_static("a&b'c");
-        let page = html(StatusCode::BAD_GATEWAY, "<b>", "\"x\"", id.to_str().unwrap());
-        assert!(page.contains("&lt;b&gt;") && page.contains("&quot;x&quot;") && page.contains("a&amp;b&#39;c"));
-        let asker = Asker { method: &Method::GET, version: Version::HTTP_11, accept: Form::Json, grpc: None, id: &id };
+    fn pages_say_what_to_do_and_are_not_kept() {
+        let (id, template) = (HeaderValue::from_static("a"), Template::read(None).unwrap());
+        let template = &template;
+        let asker = Asker {
+            method: &Method::GET,
+            version: Version::HTTP_11,
+            accept: Form::Json,
+            grpc: None,
+            template,
+            id: &id,
+        };
         let response = failed(&asker, Error::NoTunnel);
         assert_eq!(response.status(), 503);
         assert_eq!(response.headers()["retry-after"], "5");

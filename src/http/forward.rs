@@ -79,8 +79,17 @@ impl<D: Dial> Http<D> {
         let upload = Upload::new(incoming, Arc::clone(&record.tally), Arc::clone(&connection.pulse));
         let (method, version) = (parts.method.clone(), parts.version);
         let id = forwarded::request_id(&parts.headers);
+        record.id = Some(id.clone());
+        record.legs.tls = connection.via.tls.as_ref().map(|tls| tls.took);
         let grpc = headers::grpc(&parts.headers).cloned();
-        let asker = Asker { method: &method, version, accept: Form::of(&parts.headers), grpc: grpc.as_ref(), id: &id };
+        let asker = Asker {
+            method: &method,
+            version,
+            accept: Form::of(&parts.headers),
+            grpc: grpc.as_ref(),
+            template: &self.template,
+            id: &id,
+        };
         let mut answer = match self.answer(connection, &asker, parts, upload, &mut record).await {
             Ok(answer) => answer,
             Err(error) => {
@@ -293,7 +302,9 @@ impl<D: Dial> Http<D> {
         let by = By::Any { repeatable: again.is_some() };
         // An upgrade is HTTP/1.1's alone.
         let http2 = route.socket.upstream.http2 && !request.headers().contains_key(UPGRADE);
+        record.routed();
         let mut origin = self.connect(connection, route, host, (by, http2), record).await?;
+        record.dialed();
         let response = match self.send(&mut origin, request, &record.tally).await {
             Ok(response) => response,
             Err((error, unsent)) => {

@@ -12,6 +12,7 @@ pub mod headers;
 mod io;
 mod origin_tls;
 mod origins;
+pub mod page;
 mod pulse;
 mod record;
 mod settings;
@@ -43,14 +44,16 @@ pub use self::settings::HttpSettings;
 use self::io::VisitorIo;
 use self::origin_tls::OriginTls;
 use self::origins::{Origin, Origins};
+use self::page::Template;
 use self::pulse::{Pulse, Then};
 use self::record::{Record, Tally};
 use crate::dial::Dial;
 use crate::error::Error;
+use crate::metrics::Present;
 use crate::model::{HostName, Visitor};
 use crate::routes::Routes;
 use crate::stream::Stream;
-use crate::visit_log::{self, Visit, What};
+use crate::visit_log::{self, Legs, Visit, What};
 
 /// The HTTP version that a visitor's connection speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +80,8 @@ pub struct Tls {
     pub sni: Option<HostName>,
     /// Whether the certificate that was presented covers this host.
     pub covers: Arc<dyn Fn(&str) -> bool + Send + Sync>,
+    /// How long its handshake took.
+    pub took: Duration,
 }
 
 /// Serves HTTP to visitors.
@@ -86,6 +91,7 @@ pub struct Http<D> {
     settings: HttpSettings,
     origin_tls: OriginTls,
     origins: Arc<Origins>,
+    template: Template,
     tracker: TaskTracker,
 }
 
@@ -107,9 +113,13 @@ impl Connection {
         let visit = Visit {
             at: SystemTime::now(),
             visitor: self.visitor.addr,
+            kind: "none",
+            protocol: self.pulse.protocol(),
+            id: None,
             socket: None,
             tunnel: None,
-            what: What::Connection("http"),
+            what: What::Connection,
+            legs: Legs { tls: self.via.tls.as_ref().map(|tls| tls.took), ..Legs::default() },
             status: (error != Error::HelloTimeout).then(|| error.status()),
             bytes_up: 0,
             bytes_down: 0,
@@ -124,10 +134,19 @@ impl Connection {
 impl<D: Dial> Http<D> {
     /// The HTTP path over these routes. Tasks (HTTP/2 streams, connections to
     /// origins) are spawned on `tracker`.
-    pub fn new(routes: Arc<Routes>, dialer: Arc<D>, settings: HttpSettings, tracker: TaskTracker) -> Arc<Self> {
+    ///
+    /// # Errors
+    /// `error_page` cannot be used.
+    pub fn new(
+        routes: Arc<Routes>,
+        dialer: Arc<D>,
+        settings: HttpSettings,
+        tracker: TaskTracker,
+    ) -> Result<Arc<Self>, String> {
+        let template = Template::read(settings.error_page.as_deref())?;
         let origin_tls = OriginTls::new(settings.origin_tls, settings.origin_ca_file.clone());
         let origins = Origins::new(&settings, tracker.clone());
-        Arc::new(Self { routes, dialer, settings, origin_tls, origins, tracker })
+        Ok(Arc::new(Self { routes, dialer, settings, origin_tls, origins, template, tracker }))
     }
 
     /// Closes the connections to origins that wait for a request, and keeps no
@@ -152,6 +171,10 @@ impl<D: Dial> Http<D> {
         cut: &CancellationToken,
     ) {
         let protocol = via.protocol;
+        let _present = Present::new(match protocol {
+            Protocol::Http1 => metrics::gauge!("adit_http_connections", "protocol" => "h1"),
+            Protocol::Http2 => metrics::gauge!("adit_http_connections", "protocol" => "h2"),
+        });
         let pulse = Arc::new(Pulse::new(protocol == Protocol::Http1));
         let io = VisitorIo::new(stream, protocol, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
         let io = TokioIo::new(io);

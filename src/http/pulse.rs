@@ -97,6 +97,11 @@ impl Pulse {
         }
     }
 
+    /// What the connection speaks, as logs call it.
+    pub(super) fn protocol(&self) -> &'static str {
+        if self.serial { "h1" } else { "h2" }
+    }
+
     /// A request begins.
     pub(super) fn begin(&self, tally: &Arc<Tally>) {
         let mut s = self.state.lock();

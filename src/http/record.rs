@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use hyper::header::HeaderValue;
 use hyper::{Method, Uri};
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -13,9 +14,10 @@ use super::pulse::Pulse;
 use crate::dial::Way;
 use crate::error::Error;
 use crate::limits::Permit;
+use crate::metrics::Present;
 use crate::model::{TunnelId, Visitor};
 use crate::routes::Route;
-use crate::visit_log::{self, Sink, Visit, What};
+use crate::visit_log::{self, Legs, Sink, Visit, What};
 
 /// What both bodies of a request, and who watches over them, write and read.
 #[derive(Debug)]
@@ -149,7 +151,10 @@ pub(super) struct Record {
     pub(super) place: Option<Permit>,
     pub(super) status: Option<u16>,
     pub(super) first_byte: Option<Duration>,
+    pub(super) id: Option<HeaderValue>,
+    pub(super) legs: Legs,
     complete: bool,
+    _present: Present,
 }
 
 impl Record {
@@ -172,7 +177,10 @@ impl Record {
             place: None,
             status: None,
             first_byte: None,
+            id: None,
+            legs: Legs::default(),
             complete: false,
+            _present: Present::new(metrics::gauge!("adit_requests")),
         }
     }
 
@@ -186,6 +194,16 @@ impl Record {
     pub(super) fn answered(&mut self) {
         self.tally.answer();
         self.first_byte = Some(self.tally.started.elapsed());
+    }
+
+    /// The way to the origin is asked for now.
+    pub(super) fn routed(&mut self) {
+        self.legs.route = Some(self.tally.started.elapsed());
+    }
+
+    /// There is a connection to the origin.
+    pub(super) fn dialed(&mut self) {
+        self.legs.dial = Some(self.tally.started.elapsed().saturating_sub(self.legs.route.unwrap_or_default()));
     }
 
     /// The request ends as it should.
@@ -203,6 +221,10 @@ impl Drop for Record {
             Visit {
                 at: self.at,
                 visitor: self.visitor.addr,
+                kind: self.route.as_ref().map_or("none", |route| route.socket.kind.as_str()),
+                protocol: self.pulse.protocol(),
+                id: self.id.take(),
+                legs: self.legs,
                 socket: self.route.as_ref().map(|route| route.socket.id.clone()),
                 tunnel: self.tunnel.take(),
                 what: What::Request {

@@ -96,6 +96,8 @@ pub struct HttpSettings {
     /// Networks of peers (other proxies) whose `X-Forwarded-*` fields are
     /// believed. None by default: everybody else's are replaced.
     pub trusted_peers: Vec<Network>,
+    /// HTML template of our own pages, see `page`. The built-in one by default.
+    pub error_page: Option<PathBuf>,
     /// PEM file of further CAs that https origins are verified against, beside
     /// the system's. None by default.
     pub origin_ca_file: Option<PathBuf>,
@@ -134,6 +136,7 @@ impl Default for HttpSettings {
             h2_resets_pending: 20,
             h2_resets_local: 256,
             trusted_peers: Vec::new(),
+            error_page: None,
             origin_ca_file: None,
             public_https_port: 443,
         }
@@ -172,6 +175,7 @@ impl HttpSettings {
             h2_resets_pending: f.take("h2_resets_pending", d.h2_resets_pending),
             h2_resets_local: f.take("h2_resets_local", d.h2_resets_local),
             trusted_peers: f.take("trusted_peers", d.trusted_peers),
+            error_page: f.optional("error_page"),
             origin_ca_file: f.optional("origin_ca_file"),
             public_https_port: d.public_https_port,
         };

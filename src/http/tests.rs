@@ -123,7 +123,7 @@ impl World {
         routes.put_socket(ruled.unwrap());
         let visits = Arc::new(Visits::default());
         let dial = FakeDial { origin, fails, visits: Arc::clone(&visits) };
-        let http = Http::new(routes, Arc::new(dial), settings, TaskTracker::new());
+        let http = Http::new(routes, Arc::new(dial), settings, TaskTracker::new()).unwrap();
         Self { http, visits, drain: CancellationToken::new(), cut: CancellationToken::new() }
     }
 
@@ -203,7 +203,7 @@ fn h2_plain() -> Via {
 
 fn tls(protocol: Protocol, sni: &str) -> Via {
     let covers = Arc::new(|host: &str| host.ends_with(".test") && host.split('.').count() == 2);
-    Via { protocol, tls: Some(Tls { sni: Some(sni.parse().unwrap()), covers }) }
+    Via { protocol, tls: Some(Tls { sni: Some(sni.parse().unwrap()), covers, took: Duration::ZERO }) }
 }
 
 async fn soon<T>(what: impl Future<Output = T>) -> T {

@@ -16,6 +16,7 @@ use super::io::{OriginIo, VisitorIo};
 use super::record::Record;
 use super::websocket;
 use crate::error::Error;
+use crate::metrics::Present;
 use crate::relay::{RelaySettings, relay};
 use crate::stream::{Duplex, Stream};
 
@@ -40,6 +41,7 @@ impl Upgrade {
     /// cancelled.
     pub(super) async fn run(self, idle: Duration, drain: CancellationToken, cut: CancellationToken) {
         let Self { visitor, origin, guard, websocket, mut record } = self;
+        let _present = Present::new(metrics::gauge!("adit_upgrades"));
         let streams = async {
             let visitor = visitor_stream(visitor.await.ok()?);
             let origin = origin_stream(origin.await.ok()?)?;

@@ -230,7 +230,7 @@ mod tests {
         far.read_to_end(&mut read).await.unwrap();
         assert_eq!(read[read.len() - 4..], *GOING_AWAY);
         let whole = read.len() - 4 + 500;
-        assert!(whole % large.len() == 0, "{whole}");
+        assert!(whole.is_multiple_of(large.len()), "{whole}");
         visitor.write_all(b"late").await.unwrap();
     }
 

@@ -2,7 +2,7 @@
 //! speak, which socket, then HTTP, a raw relay, or SSH. READ THIS FIRST.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::net::TcpStream;
 
@@ -18,7 +18,7 @@ use crate::relay::relay;
 use crate::routes::Route;
 use crate::stream::Stream;
 use crate::tls::Purpose;
-use crate::visit_log::{self, Sink, Visit, What};
+use crate::visit_log::{self, Legs, Sink, Visit, What};
 
 impl Ingress {
     /// One visitor, from the first byte to the last.
@@ -51,10 +51,11 @@ impl Ingress {
         match route.socket.kind {
             SocketType::Tls => {
                 let own = &route.socket.hostnames;
+                let begun = Instant::now();
                 let tls = self.parts.tls.accept(stream, Purpose::Raw { own }).await?;
-                self.raw(&route, visitor, tls.stream).await;
+                self.raw(&route, visitor, tls.stream, Some(begun.elapsed())).await;
             }
-            _ => self.raw(&route, visitor, stream).await,
+            _ => self.raw(&route, visitor, stream, None).await,
         }
         Ok(())
     }
@@ -67,14 +68,16 @@ impl Ingress {
                 let passed = client.sni.name().and_then(|name| self.parts.routes.by_host(name.as_str()));
                 let stream = Stream::tcp(tcp).with_head(head);
                 if let Some(route) = passed.filter(|r| r.socket.kind == SocketType::Passthrough) {
-                    self.raw(&route, &visitor, stream).await;
+                    self.raw(&route, &visitor, stream, None).await;
                     return Ok(());
                 }
+                let begun = Instant::now();
                 let tls = self.parts.tls.accept(stream, Purpose::Http).await?;
+                let took = begun.elapsed();
                 let certificate = tls.certificate;
                 let covers = Arc::new(move |host: &str| certificate.covers(host));
                 let protocol = if tls.h2 { Protocol::Http2 } else { Protocol::Http1 };
-                let via = Via { protocol, tls: Some(Tls { sni: tls.sni, covers }) };
+                let via = Via { protocol, tls: Some(Tls { sni: tls.sni, covers, took }) };
                 self.http(tls.stream, visitor, via).await;
             }
             (Door::Http, Hello::Http1) => {
@@ -98,14 +101,19 @@ impl Ingress {
     }
 
     /// Bytes as they are, between a visitor and the nearest live tunnel.
-    async fn raw(&self, route: &Arc<Route>, visitor: &Visitor, stream: Stream) {
+    async fn raw(&self, route: &Arc<Route>, visitor: &Visitor, stream: Stream, tls: Option<Duration>) {
         let (at, start) = (SystemTime::now(), Instant::now());
+        let _present = Present::new(metrics::gauge!("adit_raw_connections", "type" => route.socket.kind.as_str()));
         let mut visit = Visit {
             at,
             visitor: visitor.addr,
             socket: Some(route.socket.id.clone()),
             tunnel: None,
-            what: What::Connection(route.socket.kind.as_str()),
+            kind: route.socket.kind.as_str(),
+            protocol: if tls.is_some() { "tls" } else { "tcp" },
+            id: None,
+            what: What::Connection,
+            legs: Legs { tls, ..Legs::default() },
             status: None,
             bytes_up: 0,
             bytes_down: 0,
@@ -115,6 +123,7 @@ impl Ingress {
         };
         let mut console: Option<Arc<dyn Sink>> = None;
         let dialer = &self.parts.dialer;
+        let routed = start.elapsed();
         let dialed = async {
             let place = dialer.admit(route)?;
             Ok((place, dialer.dial(dialer.ways(route), visitor).await?))
@@ -124,6 +133,7 @@ impl Ingress {
                 visit.tunnel = Some(dialed.way.tunnel().clone());
                 console = Some(dialed.way.console());
                 let before = start.elapsed();
+                (visit.legs.route, visit.legs.dial) = (Some(routed), Some(before - routed));
                 let relayed = relay(stream, dialed.stream, &self.parts.relay, &self.parts.stages.cut).await;
                 visit.bytes_up = relayed.up;
                 visit.bytes_down = relayed.down;

@@ -114,7 +114,7 @@ fn write_visit(out: &mut String, visit: &Visit) {
             let path: String = path.chars().take(PATH_CHARS).collect();
             let _ = write!(out, "{} {}{}", method.escape_debug(), host.escape_debug(), path.escape_debug());
         }
-        What::Connection(kind) => out.push_str(kind),
+        What::Connection => out.push_str(visit.kind),
     }
     match (visit.status, visit.error) {
         (Some(status), None) => {
@@ -174,6 +174,10 @@ mod tests {
         Arc::new(Visit {
             at: SystemTime::UNIX_EPOCH,
             visitor: "[2001:db8::1]:4000".parse().unwrap(),
+            kind: "http",
+            protocol: "h1",
+            id: None,
+            legs: crate::visit_log::Legs::default(),
             socket: None,
             tunnel: None,
             what: What::Request { method: "GET".into(), host: "web.test".into(), path: path.into() },

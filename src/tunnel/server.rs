@@ -35,6 +35,11 @@ impl Server {
         Ok(Self { tunnels, config })
     }
 
+    /// What all sessions have promised to their peers or hold for visitors, in bytes.
+    pub fn outstanding_bytes(&self) -> usize {
+        self.config.outstanding.load(Ordering::Relaxed)
+    }
+
     /// Serves one connection until it ends. `head` is what was read already.
     pub async fn serve(self: Arc<Self>, tcp: TcpStream, head: bytes::Bytes, peer: SocketAddr) {
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());

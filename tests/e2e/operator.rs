@@ -179,7 +179,7 @@ async fn health_readiness_and_metrics_are_told() {
     let url = format!("http://{}/metrics", node.addr("control"));
     let (status, metrics) = curl(&node, &[&url]).await;
     assert_eq!(status, 200);
-    for name in ["adit_visits_total", "adit_tunnels_attached 1", "adit_visit_first_byte_seconds_bucket", "adit_ready 1"]
+    for name in ["adit_visits_total", "adit_tunnels_attached 1", "adit_visit_seconds_bucket", "process_open_fds", "adit_ready 1"]
     {
         assert!(metrics.contains(name), "{name} is not in {metrics}");
     }
@@ -188,6 +188,55 @@ async fn health_readiness_and_metrics_are_told() {
     // Not ready yet still serving: the routes are only being withdrawn.
     assert_eq!(get(&node, "web.edge.localhost").await, 200);
     assert!(node.program().ended(DEADLINE).await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_visit_is_a_line_of_the_access_log_and_pages_have_the_operators_look() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, page) = (dir.path().join("access.log"), dir.path().join("page.html"));
+    std::fs::write(&page, "<p>Ours: {{status}} {{text}} {{id}}</p>").unwrap();
+    let opts = NodeOpts::default()
+        .set("access_log", &format!("to = {log:?}"))
+        .set("http", &format!("error_page = {page:?}"));
+    let mut node = Node::with(opts).await;
+    let (origin, raw) = (Origin::http().await, Origin::raw().await);
+    let forwards = [format!("web:80:{}", origin.target()), format!("tcp/raw:{}", raw.target())];
+    let _ssh = Ssh::start(&node, &forwards.each_ref().map(String::as_str)).await;
+    let web = format!("https://web.edge.localhost:{}", node.addr("https").port());
+    assert_eq!(curl(&node, &["-H", "X-Request-Id: mine-1", &format!("{web}/bytes/1000")]).await.0, 200);
+    let nobody = format!("https://nobody.edge.localhost:{}/", node.addr("https").port());
+    let (status, text) = curl(&node, &["-H", "X-Request-Id: mine-2", &nobody]).await;
+    assert_eq!((status, text.as_str()), (404, "<p>Ours: 404 Nothing is published here. mine-2</p>"));
+    let mut tcp = tokio::net::TcpStream::connect((node.ip, node.port_of("raw").await)).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut tcp, b"DOWN 500\n").await.unwrap();
+    assert_eq!(Pattern::read(None, &mut tcp).await, Ok(500));
+    drop(tcp);
+
+    let lines = eventually("three lines", async || {
+        let text = std::fs::read_to_string(&log).ok()?;
+        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        (lines.len() >= 3).then_some(lines)
+    })
+    .await;
+    let of = |kind: &str| lines.iter().find(|line| line["type"] == kind).unwrap();
+    let (request, none, tcp) = (of("http"), of("none"), of("tcp"));
+    assert_eq!((&request["id"], &request["status"], &request["down"]), (&json!("mine-1"), &json!(200), &json!(1000)));
+    assert_eq!((&request["path"], &request["tunnel"]), (&json!("/bytes/1000"), &json!("web")));
+    let legs = ["tls_ms", "route_ms", "dial_ms", "first_byte_ms", "total_ms"].map(|leg| request[leg].as_f64().unwrap());
+    assert!(legs[0] > 0.0 && legs[1] + legs[2] <= legs[3] && legs[3] <= legs[4], "{request}");
+    assert_eq!((&none["error"], &none["fault"]), (&json!("no_socket"), &json!("visitor")));
+    assert_eq!((&tcp["down"], &tcp["socket"], &tcp["protocol"]), (&json!(500), &json!("raw"), &json!("tcp")));
+    let ok = r#"adit_visits_total{type="http",class="2xx",error="none",fault="none"}"#;
+    assert_eq!(node.metric(ok).await, 1.0);
+
+    // Moved away, as log rotation does.
+    std::fs::rename(&log, dir.path().join("old")).unwrap();
+    node.program().signal("HUP");
+    eventually("a new file", async || log.exists().then_some(())).await;
+    curl(&node, &[&web]).await;
+    node.drain();
+    assert!(node.program().ended(DEADLINE).await.success());
+    assert_eq!(std::fs::read_to_string(&log).unwrap().lines().count(), 1, "written before the end");
 }
 
 /// What was acknowledged of writes to one node that is killed again and again.

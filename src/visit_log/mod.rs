@@ -1,10 +1,15 @@
 //! The record of one visit, and where it goes: the log of the node and the
 //! console of the SSH session that served it. Writing a record never waits.
 
+pub mod access_log;
+
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use hyper::header::HeaderValue;
+
+use self::access_log::AccessLog;
 use crate::error::Error;
 use crate::model::{SocketId, TunnelId};
 
@@ -15,11 +20,17 @@ pub struct Visit {
     pub at: SystemTime,
     /// Who came.
     pub visitor: SocketAddr,
+    /// The type of the socket; `none` where no socket was found.
+    pub kind: &'static str,
+    /// What the visitor spoke: `h1`, `h2`, `tls` or `tcp`.
+    pub protocol: &'static str,
+    /// The request's id.
+    pub id: Option<HeaderValue>,
     /// The socket, if one was found.
     pub socket: Option<SocketId>,
     /// The tunnel that served it, if any did.
     pub tunnel: Option<TunnelId>,
-    /// What was asked: method and path of a request, or the socket's type.
+    /// What was asked.
     pub what: What,
     /// The HTTP status sent, where HTTP was spoken.
     pub status: Option<u16>,
@@ -27,6 +38,8 @@ pub struct Visit {
     pub bytes_up: u64,
     /// Bytes from the origin to the visitor (bodies only, for HTTP).
     pub bytes_down: u64,
+    /// How long its parts took.
+    pub legs: Legs,
     /// From the start of the visit to the origin's first byte.
     pub first_byte: Option<Duration>,
     /// From the start to the end.
@@ -47,8 +60,31 @@ pub enum What {
         /// Path and query as sent.
         path: String,
     },
-    /// A raw connection of this type.
-    Connection(&'static str),
+    /// A raw connection.
+    Connection,
+}
+
+/// How long the parts of a visit took, as far as it came.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Legs {
+    /// The TLS handshake of the connection that it came over.
+    pub tls: Option<Duration>,
+    /// From its start until the way to the origin was asked for: the route, the gate.
+    pub route: Option<Duration>,
+    /// Until there was a connection to the origin.
+    pub dial: Option<Duration>,
+}
+
+static ACCESS_LOG: OnceLock<AccessLog> = OnceLock::new();
+
+/// Has all visits of this process written to an access log, from now on.
+pub fn install(log: AccessLog) {
+    let _ = ACCESS_LOG.set(log);
+}
+
+/// The access log, if there is one.
+pub fn access_log() -> Option<&'static AccessLog> {
+    ACCESS_LOG.get()
 }
 
 /// Takes the visits that one SSH session served. Must not block: a sink that
@@ -64,6 +100,9 @@ pub fn record(visit: Visit, console: Option<&Arc<dyn Sink>>) {
     let visit = Arc::new(visit);
     crate::metrics::visit(&visit);
     log(&visit);
+    if let Some(access_log) = access_log() {
+        access_log.record(&visit);
+    }
     if let Some(console) = console {
         console.record(&visit);
     }
@@ -79,7 +118,7 @@ fn log(visit: &Visit) {
                 visitor = %visit.visitor,
                 socket = visit.socket.as_ref().map(|s| s.as_str()),
                 tunnel = visit.tunnel.as_ref().map(|t| t.as_str()),
-                what = %visit.what,
+                what = %visit,
                 status = visit.status,
                 up = visit.bytes_up,
                 down = visit.bytes_down,
@@ -98,14 +137,15 @@ fn log(visit: &Visit) {
     }
 }
 
-impl std::fmt::Display for What {
+/// What was asked, in a few words.
+impl std::fmt::Display for Visit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
+        match &self.what {
             // The visitor chose these bytes: nothing in them may move a terminal.
             What::Request { method, host, path } => {
                 write!(f, "{} {}{}", method.escape_debug(), host.escape_debug(), path.escape_debug())
             }
-            What::Connection(kind) => f.write_str(kind),
+            What::Connection => f.write_str(self.kind),
         }
     }
 }
