@@ -10,6 +10,7 @@ mod harness;
 
 mod cli;
 mod clients;
+mod conformance;
 mod faults;
 mod grpc;
 mod harness_itself;
