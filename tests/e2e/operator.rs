@@ -179,8 +179,13 @@ async fn health_readiness_and_metrics_are_told() {
     let url = format!("http://{}/metrics", node.addr("control"));
     let (status, metrics) = curl(&node, &[&url]).await;
     assert_eq!(status, 200);
-    for name in ["adit_visits_total", "adit_tunnels_attached 1", "adit_visit_seconds_bucket", "process_open_fds", "adit_ready 1"]
-    {
+    for name in [
+        "adit_visits_total",
+        "adit_tunnels_attached 1",
+        "adit_visit_seconds_bucket",
+        "process_open_fds",
+        "adit_ready 1",
+    ] {
         assert!(metrics.contains(name), "{name} is not in {metrics}");
     }
     node.drain();
@@ -195,9 +200,8 @@ async fn each_visit_is_a_line_of_the_access_log_and_pages_have_the_operators_loo
     let dir = tempfile::tempdir().unwrap();
     let (log, page) = (dir.path().join("access.log"), dir.path().join("page.html"));
     std::fs::write(&page, "<p>Ours: {{status}} {{text}} {{id}}</p>").unwrap();
-    let opts = NodeOpts::default()
-        .set("access_log", &format!("to = {log:?}"))
-        .set("http", &format!("error_page = {page:?}"));
+    let opts =
+        NodeOpts::default().set("access_log", &format!("to = {log:?}")).set("http", &format!("error_page = {page:?}"));
     let mut node = Node::with(opts).await;
     let (origin, raw) = (Origin::http().await, Origin::raw().await);
     let forwards = [format!("web:80:{}", origin.target()), format!("tcp/raw:{}", raw.target())];
