@@ -3,6 +3,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::harness::*;
 
@@ -164,5 +167,97 @@ async fn a_browser_loads_a_page_with_a_hundred_assets_without_an_error() {
         let said = page.said_by(command).await;
         let line = said.lines().find(|line| line.contains("id=\"said\"")).unwrap_or(&said);
         assert!(line.contains("loaded 100 failed 0") && line.contains(&format!("over {over}")), "{url}: {line}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_behaves_through_the_edge_as_it_does_directly() {
+    let node = Node::start().await;
+    for scheme in ["wss", "ws"] {
+        let mut command = Command::new(root("target/venv/bin/python"));
+        command.arg(root("tests/e2e/clients/websocket_checks.py"));
+        let mut checks = Program::start("the checks", command);
+        let port: u16 = eventually("the echo's port", async || {
+            assert!(checks.runs(), "{}", checks.output());
+            checks.output().lines().find_map(|line| line.strip_prefix("port ")?.parse().ok())
+        })
+        .await;
+        let _ssh = Ssh::start(&node, &[&format!("web:80:127.0.0.1:{port}")]).await;
+        let addr = node.addr(if scheme == "wss" { "https" } else { "http" });
+        let url = format!("{scheme}://web.edge.localhost:{}/", addr.port());
+        checks.tell(&format!("{url} {} {addr}", node.ca().display()));
+        checks.wait_for("done", 1, DEADLINE * 4).await;
+        let said = checks.output();
+        let same = said.lines().filter(|line| line.starts_with("same ")).count();
+        assert!(same >= 54 && !said.contains("DIFFERS"), "{said}");
+    }
+}
+
+/// The time of each of so many small requests, one after another on one
+/// connection, sorted.
+async fn small_requests(node: &Node, count: usize) -> Vec<Duration> {
+    let ask = async {
+        let mut tcp = tokio::net::TcpStream::connect(node.addr("http")).await.unwrap();
+        let mut times = Vec::new();
+        for _ in 0..count {
+            let begun = Instant::now();
+            tcp.write_all(b"GET /bytes/100 HTTP/1.1\r\nHost: web.edge.localhost\r\n\r\n").await.unwrap();
+            let mut got = Vec::new();
+            while !got.windows(4).position(|w| w == b"\r\n\r\n").is_some_and(|at| got.len() >= at + 104) {
+                assert!(tcp.read_buf(&mut got).await.unwrap() > 0, "{}", String::from_utf8_lossy(&got));
+            }
+            assert!(got.starts_with(b"HTTP/1.1 200"));
+            times.push(begun.elapsed());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        times.sort();
+        times
+    };
+    within(DEADLINE * 4, "small requests", ask).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_attackers_hold_up_nobody() {
+    // Short enough that attackers are let go within the test.
+    let opts = NodeOpts::default().set("http", "head_deadline = \"8s\"").set("hello", "deadline = \"8s\"");
+    let node = Node::with(opts).await;
+    let origin = Origin::http().await;
+    let _ssh = Ssh::start(&node, &[&format!("web:80:{}", origin.target())]).await;
+    let connections = size(500, 100);
+    let p99 = |times: &[Duration]| times[times.len() * 99 / 100];
+    small_requests(&node, 200).await;
+    let quiet = small_requests(&node, 1000).await;
+    let before = node.usage().memory;
+    eprintln!("quiet: p50 {:?} p99 {:?}", quiet[500], p99(&quiet));
+    for (name, how) in [
+        ("slow heads", &["-H", "-i", "2", "-x", "24"][..]),
+        ("slow bodies", &["-B", "-i", "2", "-s", "8192", "-x", "10"]),
+        ("slow reads", &["-X", "-w", "10", "-y", "20", "-n", "2", "-z", "16", "-k", "3"]),
+    ] {
+        let mut attack = Command::new("slowhttptest");
+        let path = match name {
+            "slow reads" => "/bytes/10000000",
+            // The origin waits for it all; with an early answer there would be no attack.
+            _ => "/sink",
+        };
+        // By absolute form, as to a proxy: the tool has no way to say Host.
+        attack.args(how).args(["-c", &connections.to_string(), "-r", "250", "-l", "12", "-p", "5"]);
+        attack.args(["-d", &node.addr("http").to_string(), "-u", &format!("http://web.edge.localhost{path}")]);
+        let mut attack = Program::start("slowhttptest", attack);
+        let held = format!(r#"adit_visitors{{door="http"}}"#);
+        eventually("the attackers", async || (node.metric(&held).await >= connections as f64 * 0.8).then_some(())).await;
+        let busy = small_requests(&node, 1000).await;
+        let grown = node.usage().memory.saturating_sub(before);
+        let there = node.metric(&held).await;
+        let each = grown / connections as u64;
+        eprintln!("{name}: p50 {:?} p99 {:?}, {there} inside, {} KiB each", busy[500], p99(&busy), each >> 10);
+        // A download of each waits in the kernel, the tunnel and here: see ssh.tunnel_buffer.
+        assert!(grown < 128 << 20, "{name}: {} MiB more", grown >> 20);
+        if std::env::var_os("ADIT_LONG").is_some() {
+            let bound = (p99(&quiet) * 2).max(Duration::from_millis(2));
+            assert!(p99(&busy) <= bound, "{name}: p99 {:?}, quiet {:?}", p99(&busy), p99(&quiet));
+        }
+        attack.ended(DEADLINE * 4).await;
+        eventually("all are gone", async || (node.metric(&held).await <= 1.0).then_some(())).await;
     }
 }
