@@ -224,11 +224,18 @@ async fn slow_attackers_hold_up_nobody() {
     let origin = Origin::http().await;
     let _ssh = Ssh::start(&node, &[&format!("web:80:{}", origin.target())]).await;
     let connections = size(500, 100);
-    let p99 = |times: &[Duration]| times[times.len() * 99 / 100];
+    // The best of some rounds: other programs of this machine are no attackers.
+    let p99 = async || {
+        let mut best = Duration::MAX;
+        for _ in 0..size(4, 1) {
+            best = best.min(small_requests(&node, 1000).await[990]);
+        }
+        best
+    };
     small_requests(&node, 200).await;
-    let quiet = small_requests(&node, 1000).await;
+    let quiet = p99().await;
     let before = node.usage().memory;
-    eprintln!("quiet: p50 {:?} p99 {:?}", quiet[500], p99(&quiet));
+    eprintln!("quiet: p99 {quiet:?}");
     for (name, how) in [
         ("slow heads", &["-H", "-i", "2", "-x", "24"][..]),
         ("slow bodies", &["-B", "-i", "2", "-s", "8192", "-x", "10"]),
@@ -241,21 +248,23 @@ async fn slow_attackers_hold_up_nobody() {
             _ => "/sink",
         };
         // By absolute form, as to a proxy: the tool has no way to say Host.
-        attack.args(how).args(["-c", &connections.to_string(), "-r", "250", "-l", "12", "-p", "5"]);
+        attack.args(how).args(["-c", &connections.to_string(), "-r", "250", "-p", "5"]);
+        attack.args(["-l", &size(30, 12).to_string()]);
         attack.args(["-d", &node.addr("http").to_string(), "-u", &format!("http://web.edge.localhost{path}")]);
         let mut attack = Program::start("slowhttptest", attack);
         let held = format!(r#"adit_visitors{{door="http"}}"#);
-        eventually("the attackers", async || (node.metric(&held).await >= connections as f64 * 0.8).then_some(())).await;
-        let busy = small_requests(&node, 1000).await;
+        eventually("the attackers", async || (node.metric(&held).await >= connections as f64 * 0.95).then_some(()))
+            .await;
+        let busy = p99().await;
         let grown = node.usage().memory.saturating_sub(before);
         let there = node.metric(&held).await;
         let each = grown / connections as u64;
-        eprintln!("{name}: p50 {:?} p99 {:?}, {there} inside, {} KiB each", busy[500], p99(&busy), each >> 10);
-        // A download of each waits in the kernel, the tunnel and here: see ssh.tunnel_buffer.
-        assert!(grown < 128 << 20, "{name}: {} MiB more", grown >> 20);
+        eprintln!("{name}: p99 {busy:?}, {there} inside, {} KiB each", each >> 10);
+        // What tunnels may hold (ssh.tunnel_buffer), and both of hyper's buffers.
+        let bound = (64 << 20) + connections as u64 * (384 << 10);
+        assert!(grown < bound, "{name}: {} MiB more", grown >> 20);
         if std::env::var_os("ADIT_LONG").is_some() {
-            let bound = (p99(&quiet) * 2).max(Duration::from_millis(2));
-            assert!(p99(&busy) <= bound, "{name}: p99 {:?}, quiet {:?}", p99(&busy), p99(&quiet));
+            assert!(busy <= quiet * 2, "{name}: p99 {busy:?}, quiet {quiet:?}");
         }
         attack.ended(DEADLINE * 4).await;
         eventually("all are gone", async || (node.metric(&held).await <= 1.0).then_some(())).await;

@@ -76,7 +76,9 @@ impl Node {
     async fn launch(&mut self) {
         let listening = self.state().join("listening.json");
         let _ = std::fs::remove_file(&listening);
-        let mut words = self.under.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_adit")]);
+        // Figures want another build than the tests' own.
+        let binary = std::env::var("ADIT_TEST_BINARY").unwrap_or_else(|_| env!("CARGO_BIN_EXE_adit").into());
+        let mut words = self.under.iter().map(String::as_str).chain([binary.as_str()]);
         let mut command = Command::new(words.next().unwrap());
         command.args(words).arg("run").arg("--config").arg(self.dir.path().join("adit.toml"));
         command.arg("--state").arg(self.state()).env("RUST_BACKTRACE", "1").env_remove("ADIT_STATE");
