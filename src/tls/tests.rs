@@ -1,0 +1,245 @@
+//! Real handshakes over memory, and what each kind of visitor is shown.
+
+use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256};
+use rustls::SignatureScheme;
+use tokio::io::AsyncReadExt;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::*;
+
+const HTTP: Purpose<'_> = Purpose::Http;
+
+fn made_with(id: &str, names: &[&str], days: i64, pair: &KeyPair) -> Certificate {
+    let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
+    let mut params = CertificateParams::new(names).unwrap();
+    params.not_before = time::OffsetDateTime::now_utc() - time::Duration::days(400);
+    params.not_after = time::OffsetDateTime::now_utc() + time::Duration::days(days);
+    let chain_pem = params.self_signed(pair).unwrap().pem();
+    let key_pem = pair.serialize_pem();
+    Certificate { id: id.parse().unwrap(), chain_pem, key_pem, extra: Default::default() }
+}
+
+fn made(id: &str, names: &[&str], days: i64) -> Certificate {
+    made_with(id, names, days, &KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap())
+}
+
+fn certificates() -> Certificates {
+    Certificates::new(&Settings::default()).unwrap()
+}
+
+fn name(text: &str) -> HostName {
+    text.parse().unwrap()
+}
+
+/// The first name of what `sni` is shown.
+fn shown(certificates: &Certificates, sni: Option<&str>, purpose: Purpose<'_>) -> Option<String> {
+    certificates.choose(sni.map(name).as_ref(), purpose).map(|c| c.names()[0].to_string())
+}
+
+#[test]
+fn exact_names_beat_wildcards_one_label_deep_and_the_default_takes_the_rest() {
+    let all = certificates();
+    assert_eq!(shown(&all, None, HTTP), None);
+    let default = made("default", &["edge.test", "*.edge.test"], 10);
+    all.put_default(&default.chain_pem, &default.key_pem).unwrap();
+    all.put(&made("any", &["*.a.test"], 10)).unwrap();
+    all.put(&made("one", &["one.a.test"], 5)).unwrap();
+    assert_eq!(shown(&all, Some("one.a.test"), HTTP).as_deref(), Some("one.a.test"));
+    assert_eq!(shown(&all, Some("two.a.test"), HTTP).as_deref(), Some("*.a.test"));
+    for sni in [Some("x.two.a.test"), Some("a.test"), Some("web.edge.test"), None] {
+        assert_eq!(shown(&all, sni, HTTP).as_deref(), Some("edge.test"), "{sni:?}");
+    }
+    all.remove(&"one".parse().unwrap());
+    assert_eq!(shown(&all, Some("one.a.test"), HTTP).as_deref(), Some("*.a.test"));
+    let shown = all.choose(Some(&name("one.a.test")), HTTP).unwrap();
+    assert!(shown.covers("b.a.test") && !shown.covers("a.test") && !shown.covers("c.b.a.test"));
+}
+
+#[test]
+fn a_raw_socket_shows_its_own_certificate_where_the_visitor_names_none() {
+    let all = certificates();
+    let default = made("default", &["edge.test"], 10);
+    all.put_default(&default.chain_pem, &default.key_pem).unwrap();
+    all.put(&made("own", &["db.own.test"], 10)).unwrap();
+    all.put(&made("any", &["*.wild.test"], 10)).unwrap();
+    let own = ["missing.test".parse().unwrap(), "db.own.test".parse().unwrap()];
+    assert_eq!(shown(&all, None, Purpose::Raw { own: &own }).as_deref(), Some("db.own.test"));
+    assert_eq!(shown(&all, Some("unknown.test"), Purpose::Raw { own: &own }).as_deref(), Some("db.own.test"));
+    let wild = ["a.wild.test".parse().unwrap()];
+    assert_eq!(shown(&all, None, Purpose::Raw { own: &wild }).as_deref(), Some("*.wild.test"));
+    assert_eq!(shown(&all, None, Purpose::Raw { own: &[] }).as_deref(), Some("edge.test"));
+}
+
+#[test]
+fn of_several_for_a_name_the_latest_to_expire_is_shown_and_an_expired_one_only_alone() {
+    let all = certificates();
+    let put = |id: &str, days: i64| all.put(&made(id, &["a.test", &format!("{id}.test")], days)).unwrap();
+    let second = || all.choose(Some(&name("a.test")), HTTP).unwrap().names()[1].to_string();
+    put("expired", -1);
+    assert_eq!(second(), "expired.test");
+    put("late", 20);
+    put("soon", 5);
+    assert_eq!(second(), "late.test");
+    all.put(&made("wild", &["*.test"], 50)).unwrap();
+    assert_eq!(second(), "late.test");
+    all.remove(&"late".parse().unwrap());
+    all.remove(&"soon".parse().unwrap());
+    assert_eq!(shown(&all, Some("a.test"), HTTP).as_deref(), Some("*.test"));
+}
+
+#[test]
+fn what_does_not_belong_together_is_refused_and_the_old_one_stays() {
+    let all = certificates();
+    let good = made("a", &["a.test"], 10);
+    all.put(&good).unwrap();
+    let other = made("a", &["a.test"], 10);
+    let refused = |chain: &str, key: &str| {
+        let bad = Certificate { chain_pem: chain.into(), key_pem: key.into(), ..good.clone() };
+        assert_eq!(check(&bad), all.put(&bad));
+        all.put(&bad).unwrap_err()
+    };
+    assert!(refused(&good.chain_pem, &other.key_pem).contains("is not the key"));
+    assert!(refused("", &good.key_pem).contains("no certificate"));
+    assert!(refused(&good.chain_pem, "x").contains("no private key"));
+    assert!(refused(&good.chain_pem.replace("MII", "AAA"), &good.key_pem).contains("bad"));
+    assert_eq!(shown(&all, Some("a.test"), HTTP).as_deref(), Some("a.test"));
+    assert_eq!(all.ids(), [good.id]);
+}
+
+#[derive(Debug)]
+struct Trusting(Vec<SignatureScheme>);
+
+impl rustls::client::danger::ServerCertVerifier for Trusting {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &rustls::pki_types::ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.clone()
+    }
+}
+
+const ANY: &[SignatureScheme] = &[SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::RSA_PSS_SHA256];
+
+fn client(schemes: &[SignatureScheme], alpn: &[&[u8]]) -> rustls::ClientConfig {
+    let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Trusting(schemes.to_vec())))
+        .with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+    config
+}
+
+type Client = std::io::Result<TlsStream<tokio::io::DuplexStream>>;
+
+async fn meet(
+    all: &Certificates,
+    purpose: Purpose<'_>,
+    config: Arc<rustls::ClientConfig>,
+    sni: &'static str,
+) -> (Result<Accepted, Error>, Client) {
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let visitor = async {
+        let mut tls = TlsConnector::from(config).connect(sni.try_into().unwrap(), far).await?;
+        // Tickets arrive after the handshake.
+        let mut greeting = [0; 5];
+        tls.read_exact(&mut greeting).await?;
+        Ok(tls)
+    };
+    let edge = async {
+        let mut accepted = all.accept(Stream::other(near), purpose).await?;
+        accepted.stream.write_all(b"hello").await.unwrap();
+        accepted.stream.flush().await.unwrap();
+        Ok(accepted)
+    };
+    tokio::join!(edge, visitor)
+}
+
+#[tokio::test]
+async fn a_visitor_is_shown_a_key_that_it_can_verify() {
+    let all = certificates();
+    all.put(&made("ecdsa", &["a.test", "ecdsa.test"], 10)).unwrap();
+    let rsa = KeyPair::generate_for(&PKCS_RSA_SHA256).unwrap();
+    all.put(&made_with("rsa", &["a.test", "rsa.test"], 20, &rsa)).unwrap();
+    for (schemes, expected) in [(ANY, "ecdsa.test"), (&ANY[1..], "rsa.test")] {
+        let (edge, visitor) = meet(&all, HTTP, Arc::new(client(schemes, &[])), "a.test").await;
+        visitor.unwrap();
+        assert_eq!(edge.unwrap().certificate.names()[1].as_str(), expected);
+    }
+}
+
+#[tokio::test]
+async fn http_agrees_on_h2_and_a_raw_socket_on_nothing() {
+    let all = certificates();
+    all.put(&made("a", &["a.test"], 10)).unwrap();
+    for (purpose, alpn, h2, agreed) in [
+        (HTTP, vec![&b"http/1.1"[..], b"h2"], true, Some(&b"h2"[..])),
+        (HTTP, vec![b"http/1.1"], false, Some(b"http/1.1")),
+        (HTTP, vec![], false, None),
+        (Purpose::Raw { own: &[] }, vec![b"h2", b"postgresql"], false, None),
+    ] {
+        let (edge, visitor) = meet(&all, purpose, Arc::new(client(ANY, &alpn)), "a.test").await;
+        let (edge, visitor) = (edge.unwrap(), visitor.unwrap());
+        assert_eq!((edge.h2, visitor.get_ref().1.alpn_protocol()), (h2, agreed));
+        assert_eq!(edge.sni, Some(name("a.test")));
+    }
+}
+
+#[tokio::test]
+async fn a_visitor_resumes_with_a_ticket_and_the_hybrid_key_exchange() {
+    let all = certificates();
+    all.put(&made("a", &["a.test"], 10)).unwrap();
+    let config = Arc::new(client(ANY, &[]));
+    let (_, first) = meet(&all, HTTP, Arc::clone(&config), "a.test").await;
+    let group = first.unwrap().get_ref().1.negotiated_key_exchange_group().unwrap().name();
+    assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
+    let (_, second) = meet(&all, HTTP, config, "a.test").await;
+    assert_eq!(second.unwrap().get_ref().1.handshake_kind(), Some(rustls::HandshakeKind::Resumed));
+}
+
+#[tokio::test]
+async fn an_unknown_name_is_refused_by_its_alert_where_set() {
+    let settings = Settings { unknown_sni: UnknownSni::Refuse, ..Settings::default() };
+    let all = Certificates::new(&settings).unwrap();
+    let default = made("default", &["edge.test"], 10);
+    all.put_default(&default.chain_pem, &default.key_pem).unwrap();
+    let (edge, visitor) = meet(&all, HTTP, Arc::new(client(ANY, &[])), "other.test").await;
+    assert_eq!(edge.unwrap_err(), Error::TlsHandshake);
+    let error = visitor.unwrap_err().to_string();
+    assert!(error.contains("UnrecognisedName"), "{error}");
+}
+
+#[tokio::test]
+async fn a_silent_visitor_is_let_go_at_the_deadline() {
+    let (near, _far) = tokio::io::duplex(64);
+    let deadline = Duration::from_millis(30);
+    let all = Certificates::new(&Settings { handshake_deadline: deadline, ..Settings::default() }).unwrap();
+    let begun = tokio::time::Instant::now();
+    assert_eq!(all.accept(Stream::other(near), HTTP).await.unwrap_err(), Error::TlsHandshake);
+    assert!(begun.elapsed() >= deadline);
+}
