@@ -3,6 +3,7 @@
 //! is up to whoever puts them here; TLS towards origins is elsewhere.
 
 pub mod dev;
+mod failure;
 #[cfg(test)]
 mod tests;
 
@@ -10,7 +11,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
@@ -18,10 +19,11 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{Acceptor, ClientHello, NoServerSessionStorage};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{ServerConfig, SignatureAlgorithm};
+use rustls::{HandshakeKind, ServerConfig, SignatureAlgorithm};
 use tokio::io::AsyncWriteExt;
 use tokio_rustls::LazyConfigAcceptor;
 
+use self::failure::Failure;
 use crate::error::Error;
 use crate::fields::Fields;
 use crate::model::{Certificate, CertificateId, HostName, HostPattern};
@@ -38,7 +40,9 @@ pub struct Settings {
     /// Whether to make up a CA and the default certificate.
     pub make_certificate: bool,
     /// What meets a visitor who names a host without a certificate.
-    pub unknown_sni: UnknownSni,
+    pub unknown_sni: BadSni,
+    /// What meets a visitor who names no host.
+    pub missing_sni: BadSni,
     /// From the first byte of a handshake to its end.
     pub handshake_deadline: Duration,
     /// The oldest version served.
@@ -51,7 +55,8 @@ impl Default for Settings {
             default_certificate: None,
             default_key: None,
             make_certificate: false,
-            unknown_sni: UnknownSni::Default,
+            unknown_sni: BadSni::Default,
+            missing_sni: BadSni::Default,
             handshake_deadline: Duration::from_secs(10),
             min_version: Version::Tls12,
         }
@@ -67,6 +72,7 @@ impl Settings {
             default_key: f.optional("default_key"),
             make_certificate: f.take("make_certificate", usual.make_certificate),
             unknown_sni: f.take("unknown_sni", usual.unknown_sni),
+            missing_sni: f.take("missing_sni", usual.missing_sni),
             handshake_deadline: f.take("handshake_deadline", usual.handshake_deadline),
             min_version: f.take("min_version", usual.min_version),
         };
@@ -88,16 +94,16 @@ impl Settings {
     }
 }
 
-/// What meets a visitor who names a host without a certificate.
+/// What meets a visitor who names no host, or one without a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UnknownSni {
+pub enum BadSni {
     /// The default certificate.
     Default,
-    /// The alert `unrecognized_name`.
+    /// An alert.
     Refuse,
 }
 
-impl FromStr for UnknownSni {
+impl FromStr for BadSni {
     type Err = &'static str;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
@@ -107,7 +113,7 @@ impl FromStr for UnknownSni {
         }
     }
 }
-text_field!(UnknownSni, "\"default\" or \"refuse\"");
+text_field!(BadSni, "\"default\" or \"refuse\"");
 
 /// A TLS version that can be the oldest served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,7 +214,8 @@ pub struct Certificates {
     provider: Arc<CryptoProvider>,
     /// The settings common to all connections, per purpose; the key is added.
     base: [ServerConfig; 2],
-    unknown_sni: UnknownSni,
+    unknown_sni: BadSni,
+    missing_sni: BadSni,
     handshake_deadline: Duration,
 }
 
@@ -245,8 +252,8 @@ impl Certificates {
             Ok(config)
         };
         let base = [base(&[b"h2", b"http/1.1"])?, base(&[])?];
-        let Settings { unknown_sni, handshake_deadline, .. } = *settings;
-        Ok(Self { table: RwLock::default(), provider, base, unknown_sni, handshake_deadline })
+        let Settings { unknown_sni, missing_sni, handshake_deadline, .. } = *settings;
+        Ok(Self { table: RwLock::default(), provider, base, unknown_sni, missing_sni, handshake_deadline })
     }
 
     /// Adds a certificate, or replaces the one of the same id.
@@ -298,31 +305,37 @@ impl Certificates {
 
     /// The certificate that a visitor asking for `sni` is shown, or none.
     pub fn choose(&self, sni: Option<&HostName>, purpose: Purpose<'_>) -> Option<Arc<Presentable>> {
-        self.choose_for(sni, purpose, &|_| true)
+        self.choose_for(sni, sni.is_some(), purpose, &|_| true)
     }
 
+    /// `named`: the visitor named something, even where `sni` is none because no
+    /// host can have that name.
     fn choose_for(
         &self,
         sni: Option<&HostName>,
+        named: bool,
         purpose: Purpose<'_>,
         usable: &dyn Fn(&Presentable) -> bool,
     ) -> Option<Arc<Presentable>> {
         let now = now();
         let table = self.table.read();
-        if let Some(sni) = sni {
-            if let Some(found) = table.best(sni.as_str(), sni.wildcard().as_deref(), usable, now) {
-                return Some(found);
-            }
-            if self.unknown_sni == UnknownSni::Refuse {
-                return None;
-            }
+        if let Some(sni) = sni
+            && let Some(found) = table.best(sni.as_str(), sni.wildcard().as_deref(), usable, now)
+        {
+            return Some(found);
+        }
+        if named && self.unknown_sni == BadSni::Refuse {
+            return None;
         }
         let own = match purpose {
             Purpose::Http => &[],
             Purpose::Raw { own } => own,
         };
-        let of_socket = own.iter().find_map(|name| table.best_for_pattern(name, usable, now));
-        of_socket.or_else(|| table.default.clone())
+        if let Some(found) = own.iter().find_map(|name| table.best_for_pattern(name, usable, now)) {
+            return Some(found);
+        }
+        let default = named || self.missing_sni == BadSni::Default;
+        table.default.clone().filter(|_| default)
     }
 
     /// Makes a visitor's TLS connection, within the handshake deadline.
@@ -334,22 +347,36 @@ impl Certificates {
     /// # Cancel safety
     /// Dropping it closes the connection.
     pub async fn accept(&self, stream: Stream, purpose: Purpose<'_>) -> Result<Accepted, Error> {
-        tokio::time::timeout(self.handshake_deadline, self.handshake(stream, purpose))
-            .await
-            .map_err(|_| Error::TlsHandshake)?
+        let start = Instant::now();
+        let made = tokio::time::timeout(self.handshake_deadline, self.handshake(stream, purpose)).await;
+        match made.unwrap_or(Err(Failure::Timeout)) {
+            Ok((accepted, resumed)) => {
+                let resumed = if resumed { "yes" } else { "no" };
+                metrics::histogram!("adit_tls_handshake_seconds", "resumed" => resumed)
+                    .record(start.elapsed().as_secs_f64());
+                Ok(accepted)
+            }
+            Err(failure) => {
+                metrics::counter!("adit_tls_handshake_failures_total", "reason" => failure.label()).increment(1);
+                Err(Error::TlsHandshake)
+            }
+        }
     }
 
-    async fn handshake(&self, stream: Stream, purpose: Purpose<'_>) -> Result<Accepted, Error> {
-        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
+    /// The connection, and whether it goes on with an earlier session.
+    async fn handshake(&self, stream: Stream, purpose: Purpose<'_>) -> Result<(Accepted, bool), Failure> {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(Failure::of)?;
         let hello = start.client_hello();
+        let named = hello.server_name().is_some();
         let sni: Option<HostName> = hello.server_name().and_then(|name| name.parse().ok());
-        let Some(certificate) = self.choose_for(sni.as_ref(), purpose, &|c| usable(c, &hello)) else {
-            refuse_name(start.io).await;
-            return Err(Error::TlsHandshake);
+        let Some(certificate) = self.choose_for(sni.as_ref(), named, purpose, &|c| usable(c, &hello)) else {
+            refuse(start.io, if named { UNRECOGNIZED_NAME } else { MISSING_EXTENSION }).await;
+            return Err(Failure::NoCertificate);
         };
-        let tls = start.into_stream(self.config(&certificate, purpose)).await.map_err(failed)?;
+        let tls = start.into_stream(self.config(&certificate, purpose)).await.map_err(Failure::of)?;
         let h2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
-        Ok(Accepted { stream: Stream::other(tls), sni, h2, certificate })
+        let resumed = tls.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
+        Ok((Accepted { stream: Stream::other(tls), sni, h2, certificate }, resumed))
     }
 
     fn config(&self, certificate: &Presentable, purpose: Purpose<'_>) -> Arc<ServerConfig> {
@@ -427,17 +454,16 @@ fn usable(certificate: &Presentable, hello: &ClientHello<'_>) -> bool {
     })
 }
 
-/// Says `unrecognized_name` (RFC 6066 §3), so that the visitor's program can say
-/// more than "connection closed".
-async fn refuse_name(mut stream: Stream) {
-    const ALERT: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
-    let _ = stream.write_all(&ALERT).await;
-    let _ = stream.shutdown().await;
-}
+/// RFC 6066 §3.
+const UNRECOGNIZED_NAME: u8 = 112;
+/// RFC 8446 §9.2: what a server says that has to be told a name.
+const MISSING_EXTENSION: u8 = 109;
 
-fn failed(error: std::io::Error) -> Error {
-    tracing::debug!(%error, "a TLS handshake failed");
-    Error::TlsHandshake
+/// Says the alert, so that the visitor's program can say more than "connection
+/// closed".
+async fn refuse(mut stream: Stream, alert: u8) {
+    let _ = stream.write_all(&[21, 3, 3, 0, 2, 2, alert]).await;
+    let _ = stream.shutdown().await;
 }
 
 /// Checks a certificate record as `Certificates::put` would.

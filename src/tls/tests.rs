@@ -1,7 +1,9 @@
 //! Real handshakes over memory, and what each kind of visitor is shown.
 
+use parking_lot::Mutex;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256};
-use rustls::SignatureScheme;
+use rustls::crypto::aws_lc_rs::cipher_suite;
+use rustls::{SignatureScheme, SupportedProtocolVersion, version};
 use tokio::io::AsyncReadExt;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -107,8 +109,12 @@ fn what_does_not_belong_together_is_refused_and_the_old_one_stays() {
     assert_eq!(all.ids(), [good.id]);
 }
 
+/// Trusts everybody.
 #[derive(Debug)]
-struct Trusting(Vec<SignatureScheme>);
+struct Trusting {
+    schemes: Vec<SignatureScheme>,
+    stapled: Mutex<Vec<u8>>,
+}
 
 impl rustls::client::danger::ServerCertVerifier for Trusting {
     fn verify_server_cert(
@@ -116,9 +122,10 @@ impl rustls::client::danger::ServerCertVerifier for Trusting {
         _: &CertificateDer<'_>,
         _: &[CertificateDer<'_>],
         _: &rustls::pki_types::ServerName<'_>,
-        _: &[u8],
+        stapled: &[u8],
         _: rustls::pki_types::UnixTime,
     ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        *self.stapled.lock() = stapled.to_vec();
         Ok(rustls::client::danger::ServerCertVerified::assertion())
     }
     fn verify_tls12_signature(
@@ -138,21 +145,40 @@ impl rustls::client::danger::ServerCertVerifier for Trusting {
         Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
     }
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.clone()
+        self.schemes.clone()
     }
 }
 
 const ANY: &[SignatureScheme] = &[SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::RSA_PSS_SHA256];
 
 fn client(schemes: &[SignatureScheme], alpn: &[&[u8]]) -> rustls::ClientConfig {
-    let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
+    client_of(&[&version::TLS13, &version::TLS12], schemes, alpn).0
+}
+
+/// A client, and the verifier that it shows its certificate to.
+fn client_of(
+    versions: &[&'static SupportedProtocolVersion],
+    schemes: &[SignatureScheme],
+    alpn: &[&[u8]],
+) -> (rustls::ClientConfig, Arc<Trusting>) {
+    client_with(aws_lc_rs::default_provider(), versions, schemes, alpn)
+}
+
+fn client_with(
+    provider: CryptoProvider,
+    versions: &[&'static SupportedProtocolVersion],
+    schemes: &[SignatureScheme],
+    alpn: &[&[u8]],
+) -> (rustls::ClientConfig, Arc<Trusting>) {
+    let verifier = Arc::new(Trusting { schemes: schemes.to_vec(), stapled: Mutex::default() });
+    let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(versions)
         .unwrap()
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Trusting(schemes.to_vec())))
+        .with_custom_certificate_verifier(Arc::clone(&verifier) as _)
         .with_no_client_auth();
     config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
-    config
+    (config, verifier)
 }
 
 type Client = std::io::Result<TlsStream<tokio::io::DuplexStream>>;
@@ -181,15 +207,31 @@ async fn meet(
 }
 
 #[tokio::test]
-async fn a_visitor_is_shown_a_key_that_it_can_verify() {
+async fn of_two_keys_for_one_name_a_visitor_is_shown_the_one_that_it_can_verify() {
     let all = certificates();
     all.put(&made("ecdsa", &["a.test", "ecdsa.test"], 10)).unwrap();
     let rsa = KeyPair::generate_for(&PKCS_RSA_SHA256).unwrap();
     all.put(&made_with("rsa", &["a.test", "rsa.test"], 20, &rsa)).unwrap();
-    for (schemes, expected) in [(ANY, "ecdsa.test"), (&ANY[1..], "rsa.test")] {
-        let (edge, visitor) = meet(&all, HTTP, Arc::new(client(schemes, &[])), "a.test").await;
+    let suites = |suites: &[rustls::SupportedCipherSuite]| CryptoProvider {
+        cipher_suites: suites.to_vec(),
+        ..aws_lc_rs::default_provider()
+    };
+    let usual = aws_lc_rs::default_provider;
+    let rsa_alone = || suites(&[cipher_suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256]);
+    let ecdsa_alone = || suites(&[cipher_suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256]);
+    for (provider, version, schemes, expected) in [
+        (usual(), &version::TLS13, ANY, "ecdsa.test"),
+        (usual(), &version::TLS13, &ANY[1..], "rsa.test"),
+        (usual(), &version::TLS13, &ANY[..1], "ecdsa.test"),
+        (usual(), &version::TLS12, ANY, "ecdsa.test"),
+        (usual(), &version::TLS12, &ANY[1..], "rsa.test"),
+        (rsa_alone(), &version::TLS12, ANY, "rsa.test"),
+        (ecdsa_alone(), &version::TLS12, ANY, "ecdsa.test"),
+    ] {
+        let config = client_with(provider, &[version], schemes, &[]).0;
+        let (edge, visitor) = meet(&all, HTTP, Arc::new(config), "a.test").await;
         visitor.unwrap();
-        assert_eq!(edge.unwrap().certificate.names()[1].as_str(), expected);
+        assert_eq!(edge.unwrap().certificate.names()[1].as_str(), expected, "{version:?} {schemes:?}");
     }
 }
 
@@ -223,8 +265,104 @@ async fn a_visitor_resumes_with_a_ticket_and_the_hybrid_key_exchange() {
 }
 
 #[tokio::test]
+async fn a_certificate_is_replaced_under_a_connection_that_goes_on() {
+    let all = certificates();
+    all.put(&made("a", &["a.test", "old.test"], 10)).unwrap();
+    let shown = async || {
+        let (edge, visitor) = meet(&all, HTTP, Arc::new(client(ANY, &[])), "a.test").await;
+        let (edge, visitor) = (edge.unwrap(), visitor.unwrap());
+        (edge.certificate.names()[1].to_string(), edge, visitor)
+    };
+    let (name, mut edge, mut visitor) = shown().await;
+    assert_eq!(name, "old.test");
+    let mut echo = async |byte: u8| {
+        visitor.write_all(&[byte; 1000]).await.unwrap();
+        let mut there = [0; 1000];
+        edge.stream.read_exact(&mut there).await.unwrap();
+        edge.stream.write_all(&there).await.unwrap();
+        edge.stream.flush().await.unwrap();
+        let mut back = [0; 1000];
+        visitor.read_exact(&mut back).await.unwrap();
+        assert_eq!(back, [byte; 1000]);
+    };
+    echo(1).await;
+    all.put(&made("a", &["a.test", "new.test"], 10)).unwrap();
+    assert_eq!(shown().await.0, "new.test");
+    echo(2).await;
+    all.remove(&"a".parse().unwrap());
+    echo(3).await;
+}
+
+#[tokio::test]
+async fn a_visitor_without_a_name_is_refused_where_set_but_by_a_socket_with_its_own() {
+    let settings = Settings { missing_sni: BadSni::Refuse, ..Settings::default() };
+    let all = Certificates::new(&settings).unwrap();
+    let default = made("default", &["edge.test"], 10);
+    all.put_default(&default.chain_pem, &default.key_pem).unwrap();
+    all.put(&made("own", &["db.test"], 10)).unwrap();
+    let mut unnamed = client(ANY, &[]);
+    unnamed.enable_sni = false;
+    let unnamed = Arc::new(unnamed);
+    let (edge, visitor) = meet(&all, HTTP, Arc::clone(&unnamed), "edge.test").await;
+    assert_eq!(edge.unwrap_err(), Error::TlsHandshake);
+    let error = visitor.unwrap_err().to_string();
+    assert!(error.contains("MissingExtension"), "{error}");
+    let own = ["db.test".parse().unwrap()];
+    let (edge, _) = meet(&all, Purpose::Raw { own: &own }, unnamed, "edge.test").await;
+    assert_eq!(edge.unwrap().certificate.names()[0].as_str(), "db.test");
+    // An unknown name is no missing one.
+    let (edge, _) = meet(&all, HTTP, Arc::new(client(ANY, &[])), "other.test").await;
+    assert_eq!(edge.unwrap().certificate.names()[0].as_str(), "edge.test");
+}
+
+#[tokio::test]
+async fn handshakes_are_counted_by_why_they_failed_and_timed_where_they_did_not() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let _recording = metrics::set_default_local_recorder(&recorder);
+    let deadline = Duration::from_millis(300);
+    let settings = Settings {
+        unknown_sni: BadSni::Refuse,
+        min_version: Version::Tls13,
+        handshake_deadline: deadline,
+        ..Settings::default()
+    };
+    let all = Certificates::new(&settings).unwrap();
+    all.put(&made("a", &["a.test"], 10)).unwrap();
+    let usual = Arc::new(client(ANY, &[]));
+    for _ in 0..2 {
+        meet(&all, HTTP, Arc::clone(&usual), "a.test").await.0.unwrap();
+    }
+    let failing = async |config, sni| meet(&all, HTTP, Arc::new(config), sni).await.0.unwrap_err();
+    failing(client(ANY, &[]), "other.test").await;
+    failing(client_of(&[&version::TLS12], ANY, &[]).0, "a.test").await;
+    failing(client(&ANY[1..], &[]), "a.test").await;
+    let strict = rustls::ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    failing(strict, "a.test").await;
+    for (bytes, close) in [(&b"\x16\x03\x01\x00\x05"[..], true), (b"junk and more", true), (b"", false)] {
+        let (near, mut far) = tokio::io::duplex(64);
+        far.write_all(bytes).await.unwrap();
+        let held = (!close).then_some(far);
+        all.accept(Stream::other(near), HTTP).await.unwrap_err();
+        drop(held);
+    }
+    let text = recorder.handle().render();
+    for reason in ["timeout", "no_certificate", "protocol_version", "no_shared_cipher", "alert", "gone", "other"] {
+        let line = format!("adit_tls_handshake_failures_total{{reason=\"{reason}\"}} 1\n");
+        assert!(text.contains(&line), "{reason}: {text}");
+    }
+    for resumed in ["yes", "no"] {
+        let line = format!("adit_tls_handshake_seconds_count{{resumed=\"{resumed}\"}} 1\n");
+        assert!(text.contains(&line), "{resumed}: {text}");
+    }
+}
+
+#[tokio::test]
 async fn an_unknown_name_is_refused_by_its_alert_where_set() {
-    let settings = Settings { unknown_sni: UnknownSni::Refuse, ..Settings::default() };
+    let settings = Settings { unknown_sni: BadSni::Refuse, ..Settings::default() };
     let all = Certificates::new(&settings).unwrap();
     let default = made("default", &["edge.test"], 10);
     all.put_default(&default.chain_pem, &default.key_pem).unwrap();
