@@ -6,6 +6,7 @@ pub mod dev;
 mod failure;
 #[cfg(test)]
 mod tests;
+mod tickets;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use ::aws_lc_rs::digest;
 use parking_lot::RwLock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
@@ -24,9 +26,10 @@ use tokio::io::AsyncWriteExt;
 use tokio_rustls::LazyConfigAcceptor;
 
 use self::failure::Failure;
+use self::tickets::{Bound, Ring};
 use crate::error::Error;
 use crate::fields::Fields;
-use crate::model::{Certificate, CertificateId, HostName, HostPattern};
+use crate::model::{Certificate, CertificateId, HostName, HostPattern, TicketKeys};
 use crate::stream::Stream;
 use crate::text_field;
 
@@ -166,6 +169,8 @@ pub struct Accepted {
 #[derive(Debug)]
 pub struct Presentable {
     key: Arc<CertifiedKey>,
+    /// SHA-256 of the leaf.
+    fingerprint: [u8; 32],
     names: Vec<HostPattern>,
     valid: (i64, i64),
     /// One per purpose, made when first needed and shared by all connections.
@@ -214,6 +219,7 @@ pub struct Certificates {
     provider: Arc<CryptoProvider>,
     /// The settings common to all connections, per purpose; the key is added.
     base: [ServerConfig; 2],
+    tickets: Arc<Ring>,
     unknown_sni: BadSni,
     missing_sni: BadSni,
     handshake_deadline: Duration,
@@ -233,9 +239,6 @@ impl Certificates {
     /// The machine gives no random bytes for ticket keys.
     pub fn new(settings: &Settings) -> Result<Self, String> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        // Stateless resumption: nothing kept per visitor. rustls resumes only
-        // for the name that a ticket was made for, so sharing the keys is safe.
-        let tickets = aws_lc_rs::Ticketer::new().map_err(|e| format!("no keys for TLS tickets: {e}"))?;
         let base = |alpn: &[&[u8]]| -> Result<ServerConfig, String> {
             let versions: &[&rustls::SupportedProtocolVersion] = match settings.min_version {
                 Version::Tls12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
@@ -247,13 +250,14 @@ impl Certificates {
                 .with_no_client_auth()
                 .with_cert_resolver(Arc::new(rustls::server::ResolvesServerCertUsingSni::new()));
             config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+            // Stateless resumption alone: nothing kept per visitor.
             config.session_storage = Arc::new(NoServerSessionStorage {});
-            config.ticketer = Arc::clone(&tickets);
             Ok(config)
         };
         let base = [base(&[b"h2", b"http/1.1"])?, base(&[])?];
         let Settings { unknown_sni, missing_sni, handshake_deadline, .. } = *settings;
-        Ok(Self { table: RwLock::default(), provider, base, unknown_sni, missing_sni, handshake_deadline })
+        let tickets = Arc::new(Ring::new()?);
+        Ok(Self { table: RwLock::default(), provider, base, tickets, unknown_sni, missing_sni, handshake_deadline })
     }
 
     /// Adds a certificate, or replaces the one of the same id.
@@ -280,6 +284,15 @@ impl Certificates {
     /// The ids of all certificates but the default.
     pub fn ids(&self) -> Vec<CertificateId> {
         self.table.read().by_id.keys().cloned().collect()
+    }
+
+    /// Takes the keys of session tickets that all nodes share, or (`None`) makes
+    /// some of its own, as it does at the start.
+    ///
+    /// # Errors
+    /// They cannot be used; the ones before them stay.
+    pub fn set_ticket_keys(&self, keys: Option<&TicketKeys>) -> Result<(), String> {
+        self.tickets.set(keys)
     }
 
     /// Sets the certificate for visitors who name no host, or an unknown one.
@@ -381,13 +394,15 @@ impl Certificates {
 
     fn config(&self, certificate: &Presentable, purpose: Purpose<'_>) -> Arc<ServerConfig> {
         let ([http, raw], [http_base, raw_base]) = (&certificate.configs, &self.base);
-        let (cell, base) = match purpose {
-            Purpose::Http => (http, http_base),
-            Purpose::Raw { .. } => (raw, raw_base),
+        let (cell, base, word) = match purpose {
+            Purpose::Http => (http, http_base, &b"http"[..]),
+            Purpose::Raw { .. } => (raw, raw_base, &b"raw"[..]),
         };
         let made = cell.get_or_init(|| {
             let mut config = base.clone();
             config.cert_resolver = Arc::new(SingleCertAndKey::from(Arc::clone(&certificate.key)));
+            let context = [&certificate.fingerprint[..], word].concat();
+            config.ticketer = Arc::new(Bound { ring: Arc::clone(&self.tickets), context });
             Arc::new(config)
         });
         Arc::clone(made)
@@ -484,6 +499,7 @@ fn presentable(chain_pem: &str, key_pem: &str, provider: &CryptoProvider) -> Res
     for (i, link) in chain.iter().enumerate().skip(1) {
         x509_parser::parse_x509_certificate(link).map_err(|e| format!("certificate {i} of chain_pem is bad: {e}"))?;
     }
+    let fingerprint = digest::digest(&digest::SHA256, leaf).as_ref().try_into().map_err(|_| "no SHA-256")?;
     let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| "key_pem holds no private key")?;
     let key = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => "key_pem is not the key of chain_pem's first certificate".to_owned(),
@@ -491,7 +507,7 @@ fn presentable(chain_pem: &str, key_pem: &str, provider: &CryptoProvider) -> Res
             "key_pem holds a key of a kind that is not served (RSA 2048-8192, P-256, P-384, P-521, Ed25519)".to_owned()
         }
     })?;
-    Ok(Presentable { key: Arc::new(key), names, valid, configs: Default::default() })
+    Ok(Presentable { key: Arc::new(key), fingerprint, names, valid, configs: Default::default() })
 }
 
 /// The leaf's names and its validity in seconds since 1970.

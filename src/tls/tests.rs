@@ -2,6 +2,7 @@
 
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256};
+use rustls::client::ClientSessionMemoryCache;
 use rustls::crypto::aws_lc_rs::cipher_suite;
 use rustls::{SignatureScheme, SupportedProtocolVersion, version};
 use tokio::io::AsyncReadExt;
@@ -9,6 +10,8 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::*;
+use crate::fields::Base64;
+use crate::model::TicketKeysId;
 
 const HTTP: Purpose<'_> = Purpose::Http;
 
@@ -262,6 +265,165 @@ async fn a_visitor_resumes_with_a_ticket_and_the_hybrid_key_exchange() {
     assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
     let (_, second) = meet(&all, HTTP, config, "a.test").await;
     assert_eq!(second.unwrap().get_ref().1.handshake_kind(), Some(rustls::HandshakeKind::Resumed));
+}
+
+const VERSIONS: [&SupportedProtocolVersion; 2] = [&version::TLS13, &version::TLS12];
+
+fn ring(keys: &[u8]) -> TicketKeys {
+    let keys = keys.iter().map(|byte| Base64(vec![*byte; 32])).collect();
+    TicketKeys { id: TicketKeysId, keys, extra: Default::default() }
+}
+
+/// A node with these certificates and ticket keys.
+fn node(certificates: &[&Certificate], keys: &[u8]) -> Certificates {
+    let node = Certificates::new(&Settings::default()).unwrap();
+    certificates.iter().for_each(|certificate| node.put(certificate).unwrap());
+    node.set_ticket_keys(Some(&ring(keys))).unwrap();
+    node
+}
+
+/// Whether the visitor's connection went on with an earlier session; both sides
+/// say the same, and both can use it.
+async fn resumed(
+    node: &Certificates,
+    purpose: Purpose<'_>,
+    config: &Arc<rustls::ClientConfig>,
+    sni: &'static str,
+) -> bool {
+    let (edge, visitor) = meet(node, purpose, Arc::clone(config), sni).await;
+    edge.unwrap();
+    match visitor.unwrap().get_ref().1.handshake_kind().unwrap() {
+        HandshakeKind::Resumed => true,
+        HandshakeKind::Full | HandshakeKind::FullWithHelloRetryRequest => false,
+    }
+}
+
+#[tokio::test]
+async fn a_ticket_of_one_node_resumes_on_every_node_that_has_its_key() {
+    let certificate = made("a", &["a.test"], 10);
+    for version in VERSIONS {
+        let config = Arc::new(client_of(&[version], ANY, &[]).0);
+        let first = node(&[&certificate], &[1]);
+        assert!(!resumed(&first, HTTP, &config, "a.test").await);
+        let second = node(&[&certificate], &[1]);
+        assert!(resumed(&second, HTTP, &config, "a.test").await, "{version:?}");
+        // The new key makes tickets, the old one is still read.
+        second.set_ticket_keys(Some(&ring(&[2, 1]))).unwrap();
+        assert!(resumed(&second, HTTP, &config, "a.test").await);
+        assert!(resumed(&node(&[&certificate], &[2]), HTTP, &config, "a.test").await);
+        // Where the key is gone, a full handshake, and tickets of its own.
+        let third = node(&[&certificate], &[3]);
+        assert!(!resumed(&third, HTTP, &config, "a.test").await);
+        assert!(resumed(&third, HTTP, &config, "a.test").await);
+        third.set_ticket_keys(None).unwrap();
+        assert!(!resumed(&third, HTTP, &config, "a.test").await);
+        assert!(resumed(&third, HTTP, &config, "a.test").await);
+    }
+}
+
+/// A client's memory that takes every name for the same.
+#[derive(Debug)]
+struct OneName(ClientSessionMemoryCache);
+
+fn one_name() -> rustls::pki_types::ServerName<'static> {
+    "one.test".try_into().unwrap()
+}
+
+impl rustls::client::ClientSessionStore for OneName {
+    fn set_kx_hint(&self, _: rustls::pki_types::ServerName<'static>, group: rustls::NamedGroup) {
+        self.0.set_kx_hint(one_name(), group);
+    }
+    fn kx_hint(&self, _: &rustls::pki_types::ServerName<'_>) -> Option<rustls::NamedGroup> {
+        self.0.kx_hint(&one_name())
+    }
+    fn set_tls12_session(
+        &self,
+        _: rustls::pki_types::ServerName<'static>,
+        value: rustls::client::Tls12ClientSessionValue,
+    ) {
+        self.0.set_tls12_session(one_name(), value);
+    }
+    fn tls12_session(&self, _: &rustls::pki_types::ServerName<'_>) -> Option<rustls::client::Tls12ClientSessionValue> {
+        self.0.tls12_session(&one_name())
+    }
+    fn remove_tls12_session(&self, _: &rustls::pki_types::ServerName<'static>) {
+        self.0.remove_tls12_session(&one_name());
+    }
+    fn insert_tls13_ticket(
+        &self,
+        _: rustls::pki_types::ServerName<'static>,
+        value: rustls::client::Tls13ClientSessionValue,
+    ) {
+        self.0.insert_tls13_ticket(one_name(), value);
+    }
+    fn take_tls13_ticket(
+        &self,
+        _: &rustls::pki_types::ServerName<'static>,
+    ) -> Option<rustls::client::Tls13ClientSessionValue> {
+        self.0.take_tls13_ticket(&one_name())
+    }
+}
+
+#[tokio::test]
+async fn a_ticket_is_good_for_its_name_certificate_and_purpose_alone() {
+    let (both, other) = (made("both", &["a.test", "b.test"], 10), made("other", &["c.test"], 10));
+    let renewed = made("both", &["a.test", "b.test"], 20);
+    let node = node(&[&both, &other], &[1]);
+    let fallback = made("fallback", &["fallback.test"], 10);
+    node.put_default(&fallback.chain_pem, &fallback.key_pem).unwrap();
+    let (a, c) = (["a.test".parse().unwrap()], ["c.test".parse().unwrap()]);
+    let (raw_a, raw_c) = (Purpose::Raw { own: &a }, Purpose::Raw { own: &c });
+    for version in VERSIONS {
+        let (mut config, _) = client_of(&[version], ANY, &[b"h2"]);
+        config.resumption = rustls::client::Resumption::store(Arc::new(OneName(ClientSessionMemoryCache::new(8))));
+        let config = Arc::new(config);
+        let mut unnamed = (*config).clone();
+        unnamed.enable_sni = false;
+        let unnamed = Arc::new(unnamed);
+        // Each begins with the tickets of the one before.
+        for (n, (purpose, config, sni, resumes)) in [
+            (HTTP, &config, "a.test", false),
+            (HTTP, &config, "a.test", true),
+            (HTTP, &config, "b.test", false),
+            (HTTP, &config, "c.test", false),
+            (HTTP, &config, "b.test", false),
+            (raw_a, &config, "b.test", false),
+            (raw_a, &config, "b.test", true),
+            (HTTP, &config, "b.test", false),
+            (HTTP, &config, "b.test", true),
+            (HTTP, &unnamed, "b.test", false),
+            // No name either time; what tells them apart is the certificate.
+            (raw_a, &unnamed, "a.test", false),
+            (raw_a, &unnamed, "a.test", true),
+            (raw_c, &unnamed, "a.test", false),
+            (raw_c, &unnamed, "a.test", true),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            assert_eq!(resumed(&node, purpose, config, sni).await, resumes, "{version:?}, visit {n}");
+        }
+        assert!(!resumed(&node, HTTP, &config, "a.test").await);
+        node.put(&renewed).unwrap();
+        assert!(!resumed(&node, HTTP, &config, "a.test").await, "who resumes was shown this certificate");
+        node.put(&both).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_resumed_session_agrees_on_alpn_anew() {
+    let node = node(&[&made("a", &["a.test"], 10)], &[1]);
+    for version in VERSIONS {
+        let (config, _) = client_of(&[version], ANY, &[b"h2"]);
+        let mut http1 = config.clone();
+        http1.alpn_protocols = vec![b"http/1.1".to_vec()];
+        assert!(!resumed(&node, HTTP, &Arc::new(config), "a.test").await);
+        let (edge, visitor) = meet(&node, HTTP, Arc::new(http1), "a.test").await;
+        let visitor = visitor.unwrap();
+        let visitor = visitor.get_ref().1;
+        assert_eq!(visitor.handshake_kind(), Some(HandshakeKind::Resumed));
+        assert_eq!((edge.unwrap().h2, visitor.alpn_protocol()), (false, Some(&b"http/1.1"[..])));
+    }
 }
 
 #[tokio::test]
