@@ -596,6 +596,9 @@ pub struct Certificate {
     pub chain_pem: String,
     /// PEM; never logged, never answered in an error.
     pub key_pem: String,
+    /// An OCSP response for the leaf (DER, RFC 6960), shown to visitors while
+    /// it lasts.
+    pub ocsp: Option<Base64>,
     /// Fields this version does not know, kept as they came.
     pub extra: Map<String, Value>,
 }
@@ -618,11 +621,12 @@ impl Certificate {
         head(&mut f, id);
         let chain_pem: Option<String> = f.required("chain_pem");
         let key_pem: Option<String> = f.required("key_pem");
+        let ocsp = f.optional("ocsp");
         let mistakes = f.mistakes();
         let extra = f.rest();
         match (chain_pem, key_pem) {
             (Some(chain_pem), Some(key_pem)) if mistakes.is_empty() => {
-                Ok(Self { id: id.clone(), chain_pem, key_pem, extra })
+                Ok(Self { id: id.clone(), chain_pem, key_pem, ocsp, extra })
             }
             _ => Err(mistakes),
         }
@@ -637,6 +641,7 @@ impl Certificate {
                 "id": self.id.as_str(),
                 "chain_pem": self.chain_pem,
                 "key_pem": self.key_pem,
+                "ocsp": self.ocsp.as_ref().map(Base64::to_string),
             }),
         )
     }

@@ -4,6 +4,7 @@
 
 pub mod dev;
 mod failure;
+pub mod ocsp;
 #[cfg(test)]
 mod tests;
 mod tickets;
@@ -19,8 +20,8 @@ use parking_lot::RwLock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::{Acceptor, ClientHello, NoServerSessionStorage};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::server::{Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use rustls::{HandshakeKind, ServerConfig, SignatureAlgorithm};
 use tokio::io::AsyncWriteExt;
 use tokio_rustls::LazyConfigAcceptor;
@@ -168,7 +169,7 @@ pub struct Accepted {
 /// A certificate with its key, ready for handshakes.
 #[derive(Debug)]
 pub struct Presentable {
-    key: Arc<CertifiedKey>,
+    shown: Arc<Shown>,
     /// SHA-256 of the leaf.
     fingerprint: [u8; 32],
     names: Vec<HostPattern>,
@@ -201,6 +202,23 @@ impl Presentable {
     /// Whether it is valid at `now` (seconds since 1970).
     fn valid_at(&self, now: i64) -> bool {
         (self.valid.0..=self.valid.1).contains(&now)
+    }
+}
+
+/// Chain and key as handshakes present them: with the OCSP response while it is
+/// fresh. An old one would have browsers refuse what they take without any.
+#[derive(Debug)]
+struct Shown {
+    bare: Arc<CertifiedKey>,
+    /// With when it may be shown (seconds since 1970).
+    stapled: Option<(Arc<CertifiedKey>, (i64, i64))>,
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let now = now();
+        let stapled = self.stapled.iter().find(|(_, (from, until))| (*from..*until).contains(&now));
+        Some(Arc::clone(stapled.map_or(&self.bare, |(key, _)| key)))
     }
 }
 
@@ -265,7 +283,7 @@ impl Certificates {
     /// # Errors
     /// What is wrong with it; the one before it stays.
     pub fn put(&self, certificate: &Certificate) -> Result<(), String> {
-        let new = Arc::new(presentable(&certificate.chain_pem, &certificate.key_pem, &self.provider)?);
+        let new = Arc::new(presentable(certificate, &self.provider)?);
         let id = &certificate.id;
         let mut table = self.table.write();
         table.forget(id);
@@ -300,7 +318,7 @@ impl Certificates {
     /// # Errors
     /// What is wrong with it; the one before it stays.
     pub fn put_default(&self, chain_pem: &str, key_pem: &str) -> Result<(), String> {
-        let new = presentable(chain_pem, key_pem, &self.provider)?;
+        let new = presentable_pair(chain_pem, key_pem, None, &self.provider)?;
         self.table.write().default = Some(Arc::new(new));
         Ok(())
     }
@@ -400,7 +418,7 @@ impl Certificates {
         };
         let made = cell.get_or_init(|| {
             let mut config = base.clone();
-            config.cert_resolver = Arc::new(SingleCertAndKey::from(Arc::clone(&certificate.key)));
+            config.cert_resolver = Arc::clone(&certificate.shown) as _;
             let context = [&certificate.fingerprint[..], word].concat();
             config.ticketer = Arc::new(Bound { ring: Arc::clone(&self.tickets), context });
             Arc::new(config)
@@ -433,7 +451,7 @@ impl Table {
     ) -> Option<Arc<Presentable>> {
         let named = |name: Option<&str>| name.and_then(|n| self.by_name.get(n)).into_iter().flatten().map(|(_, c)| c);
         let rank = |c: &Arc<Presentable>| {
-            let elliptic = c.key.key.algorithm() != SignatureAlgorithm::RSA;
+            let elliptic = c.shown.bare.key.algorithm() != SignatureAlgorithm::RSA;
             (usable(c), c.valid_at(now), c.match_of(host), elliptic, c.valid.1)
         };
         let default = self.default.iter().filter(|c| c.covers(host));
@@ -458,7 +476,7 @@ impl Table {
 /// Whether this visitor can verify signatures of the certificate's key. In TLS
 /// 1.2 the cipher suite must agree with the key as well (RFC 8422 §5.1).
 fn usable(certificate: &Presentable, hello: &ClientHello<'_>) -> bool {
-    let key = &certificate.key.key;
+    let key = &certificate.shown.bare.key;
     if key.choose_scheme(hello.signature_schemes()).is_none() {
         return false;
     }
@@ -486,32 +504,57 @@ async fn refuse(mut stream: Stream, alert: u8) {
 /// # Errors
 /// What is wrong with it; says nothing of the key's bytes.
 pub fn check(certificate: &Certificate) -> Result<(), String> {
-    presentable(&certificate.chain_pem, &certificate.key_pem, &aws_lc_rs::default_provider()).map(|_| ())
+    presentable(certificate, &aws_lc_rs::default_provider()).map(|_| ())
 }
 
-/// Reads chain and key, and holds them against each other.
-fn presentable(chain_pem: &str, key_pem: &str, provider: &CryptoProvider) -> Result<Presentable, String> {
+fn presentable(certificate: &Certificate, provider: &CryptoProvider) -> Result<Presentable, String> {
+    let ocsp = certificate.ocsp.as_ref().map(|ocsp| ocsp.0.as_slice());
+    presentable_pair(&certificate.chain_pem, &certificate.key_pem, ocsp, provider)
+}
+
+/// Reads chain, key and OCSP response, and holds them against each other.
+fn presentable_pair(
+    chain_pem: &str,
+    key_pem: &str,
+    ocsp: Option<&[u8]>,
+    provider: &CryptoProvider,
+) -> Result<Presentable, String> {
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
         .collect::<Result<_, _>>()
         .map_err(|e| format!("chain_pem is not PEM: {e}"))?;
     let leaf = chain.first().ok_or("chain_pem holds no certificate")?;
-    let (names, valid) = leaf_facts(leaf)?;
+    let Leaf { names, valid, serial } = leaf_facts(leaf)?;
     for (i, link) in chain.iter().enumerate().skip(1) {
         x509_parser::parse_x509_certificate(link).map_err(|e| format!("certificate {i} of chain_pem is bad: {e}"))?;
     }
     let fingerprint = digest::digest(&digest::SHA256, leaf).as_ref().try_into().map_err(|_| "no SHA-256")?;
     let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| "key_pem holds no private key")?;
-    let key = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
+    let bare = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => "key_pem is not the key of chain_pem's first certificate".to_owned(),
         _ => {
             "key_pem holds a key of a kind that is not served (RSA 2048-8192, P-256, P-384, P-521, Ed25519)".to_owned()
         }
     })?;
-    Ok(Presentable { key: Arc::new(key), fingerprint, names, valid, configs: Default::default() })
+    let stapled = ocsp.map(|der| -> Result<_, String> {
+        let fresh = ocsp::good_for(der, &serial).map_err(|why| format!("ocsp {why}"))?;
+        let mut key = bare.clone();
+        key.ocsp = Some(der.to_vec());
+        Ok((Arc::new(key), fresh))
+    });
+    let shown = Arc::new(Shown { stapled: stapled.transpose()?, bare: Arc::new(bare) });
+    Ok(Presentable { shown, fingerprint, names, valid, configs: Default::default() })
 }
 
-/// The leaf's names and its validity in seconds since 1970.
-fn leaf_facts(leaf: &CertificateDer<'_>) -> Result<(Vec<HostPattern>, (i64, i64)), String> {
+/// What is read from a leaf.
+struct Leaf {
+    names: Vec<HostPattern>,
+    /// Seconds since 1970.
+    valid: (i64, i64),
+    /// As DER has it.
+    serial: Vec<u8>,
+}
+
+fn leaf_facts(leaf: &CertificateDer<'_>) -> Result<Leaf, String> {
     use x509_parser::extensions::GeneralName;
     let (_, leaf) =
         x509_parser::parse_x509_certificate(leaf).map_err(|e| format!("chain_pem's first certificate is bad: {e}"))?;
@@ -530,7 +573,8 @@ fn leaf_facts(leaf: &CertificateDer<'_>) -> Result<(Vec<HostPattern>, (i64, i64)
         return Err("chain_pem's first certificate names no host (subjectAltName DNS)".into());
     }
     let validity = leaf.validity();
-    Ok((names, (validity.not_before.timestamp(), validity.not_after.timestamp())))
+    let valid = (validity.not_before.timestamp(), validity.not_after.timestamp());
+    Ok(Leaf { names, valid, serial: leaf.raw_serial().to_vec() })
 }
 
 fn now() -> i64 {

@@ -22,7 +22,7 @@ fn made_with(id: &str, names: &[&str], days: i64, pair: &KeyPair) -> Certificate
     params.not_after = time::OffsetDateTime::now_utc() + time::Duration::days(days);
     let chain_pem = params.self_signed(pair).unwrap().pem();
     let key_pem = pair.serialize_pem();
-    Certificate { id: id.parse().unwrap(), chain_pem, key_pem, extra: Default::default() }
+    Certificate { id: id.parse().unwrap(), chain_pem, key_pem, ocsp: None, extra: Default::default() }
 }
 
 fn made(id: &str, names: &[&str], days: i64) -> Certificate {
@@ -112,7 +112,7 @@ fn what_does_not_belong_together_is_refused_and_the_old_one_stays() {
     assert_eq!(all.ids(), [good.id]);
 }
 
-/// Trusts everybody.
+/// Trusts everybody, and remembers the OCSP response.
 #[derive(Debug)]
 struct Trusting {
     schemes: Vec<SignatureScheme>,
@@ -424,6 +424,30 @@ async fn a_resumed_session_agrees_on_alpn_anew() {
         assert_eq!(visitor.handshake_kind(), Some(HandshakeKind::Resumed));
         assert_eq!((edge.unwrap().h2, visitor.alpn_protocol()), (false, Some(&b"http/1.1"[..])));
     }
+}
+
+#[tokio::test]
+async fn an_ocsp_response_is_stapled_while_it_is_fresh() {
+    let mut certificate = made("a", &["a.test"], 10);
+    let leaf = CertificateDer::from_pem_slice(certificate.chain_pem.as_bytes()).unwrap();
+    let serial = leaf_facts(&leaf).unwrap().serial;
+    let (now, day) = (now(), 24 * 3600);
+    let response = |from, until| ocsp::tests::response(&serial, 0, from, Some(until));
+    for (from, until, fresh) in
+        [(now - day, now + day, true), (now - 2 * day, now - 1, false), (now + day, now + 2 * day, false)]
+    {
+        let der = response(from, until);
+        certificate.ocsp = Some(Base64(der.clone()));
+        let node = node(&[&certificate], &[1]);
+        for version in VERSIONS {
+            let (config, verifier) = client_of(&[version], ANY, &[]);
+            assert!(!resumed(&node, HTTP, &Arc::new(config), "a.test").await);
+            assert_eq!(*verifier.stapled.lock() == der, fresh, "{version:?}");
+            assert_eq!(verifier.stapled.lock().is_empty(), !fresh);
+        }
+    }
+    certificate.ocsp = Some(Base64(ocsp::tests::response(&[1, 2], 0, now, Some(now + day))));
+    assert!(check(&certificate).unwrap_err().contains("ocsp is for another certificate"));
 }
 
 #[tokio::test]

@@ -25,7 +25,7 @@ pub use self::settings::RecordSettings;
 use self::claims::{Claim, Holder};
 use self::completion::check_user;
 use self::error::mistake;
-use super::certificate_check::certificate_names;
+use super::certificate_check::check_certificate;
 use super::{Entry, Expect, Feed, LeaseId, Op, Txn, WriteError};
 use crate::fields::Mistake;
 use crate::model::{Certificate, CertificateId, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId};
@@ -112,7 +112,7 @@ impl Records {
         certificate: Certificate,
         condition: Condition,
     ) -> Result<Written<Certificate>, RecordError> {
-        certificate_names(&certificate.chain_pem, &certificate.key_pem).map_err(|m| RecordError::Mistakes(vec![m]))?;
+        check_certificate(&certificate).map_err(|m| RecordError::Mistakes(vec![m]))?;
         self.put_unclaimed(certificate, condition).await
     }
 
