@@ -307,6 +307,31 @@ impl Field for Bytes {
     }
 }
 
+/// Bytes written in base64 with padding (RFC 4648 §4). They may be secret: no
+/// message and no `Debug` shows them.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Base64(pub Vec<u8>);
+
+impl fmt::Debug for Base64 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
+}
+
+impl fmt::Display for Base64 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&data_encoding::BASE64.encode(&self.0))
+    }
+}
+
+impl Field for Base64 {
+    const EXPECTED: &'static str = "base64 with padding, without line breaks";
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| format!("is {}", kind(value)))?;
+        data_encoding::BASE64.decode(text.as_bytes()).map(Self).map_err(|_| "is not base64".to_owned())
+    }
+}
+
 impl Field for SocketAddr {
     const EXPECTED: &'static str = "an address with a port like \"0.0.0.0:443\" or \"[::]:443\"";
     fn from_value(value: &Value) -> Result<Self, String> {

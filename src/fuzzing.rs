@@ -7,7 +7,9 @@ use crate::fields::{self, Field, Fields};
 use crate::http::framing::Framing;
 use crate::ingress::hello::{Hello, HelloSettings, Verdict, read};
 use crate::ingress::listener::TcpSettings;
-use crate::model::{Certificate, CertificateId, HostName, Socket, SocketId, Tunnel, TunnelId, authority_host};
+use crate::model::{
+    Certificate, CertificateId, HostName, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId, authority_host,
+};
 use crate::relay::RelaySettings;
 use crate::tunnel::keys;
 use crate::tunnel::naming::{self, Wanted};
@@ -43,8 +45,8 @@ pub fn hello(bytes: &[u8]) {
 pub fn records(bytes: &[u8]) {
     let Ok(record) = serde_json::from_slice::<Map<String, Value>>(bytes) else { return };
     macro_rules! round_trip {
-        ($record:ty, $id:ty) => {
-            let id: Option<$id> = "a".parse().ok();
+        ($record:ty, $id:ty, $text:literal) => {
+            let id: Option<$id> = $text.parse().ok();
             if let Some(id) = id
                 && let Ok(first) = <$record>::from_record(&id, record.clone())
             {
@@ -52,9 +54,10 @@ pub fn records(bytes: &[u8]) {
             }
         };
     }
-    round_trip!(Socket, SocketId);
-    round_trip!(Tunnel, TunnelId);
-    round_trip!(Certificate, CertificateId);
+    round_trip!(Socket, SocketId, "a");
+    round_trip!(Tunnel, TunnelId, "a");
+    round_trip!(Certificate, CertificateId, "a");
+    round_trip!(TicketKeys, TicketKeysId, "default");
 }
 
 /// The host of an authority is one itself, in its normal form.

@@ -32,6 +32,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
     ("adit_visitors_stalled_total", Unit::Count, "Visitors reset because they held their tunnel up"),
     ("adit_visitors_cut_total", Unit::Count, "Connections cut at the end of a drain"),
     ("adit_accept_failures_total", Unit::Count, "Failed accepts"),
+    ("adit_tls_handshake_failures_total", Unit::Count, "TLS handshakes with visitors that failed, by reason"),
     ("adit_ssh_refused_total", Unit::Count, "SSH connections refused at the door, by limit"),
     ("adit_ssh_rejected_total", Unit::Count, "SSH logins rejected"),
     ("adit_ssh_login_timeouts_total", Unit::Count, "SSH connections that did not log in in time"),
@@ -73,6 +74,7 @@ const HISTOGRAMS: &[(&str, Unit, &str)] = &[
         Unit::Seconds,
         "Parts of a visit: tls (the handshake before it), route (and gate), dial, first_byte (of the origin, from the start), total",
     ),
+    ("adit_tls_handshake_seconds", Unit::Seconds, "TLS handshakes with visitors, by whether a session was resumed"),
     ("adit_store_commit_seconds", Unit::Seconds, "Time for a group of transactions to reach the disk"),
     ("adit_tunnel_rtt_seconds", Unit::Seconds, "Round trips to owners' SSH clients"),
 ];

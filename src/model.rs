@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::fields::{Field, Fields, Mistake};
+use crate::fields::{Base64, Field, Fields, Mistake};
 use crate::header_rules::{HeaderRules, Hsts};
 use crate::text_field;
 
@@ -596,6 +596,9 @@ pub struct Certificate {
     pub chain_pem: String,
     /// PEM; never logged, never answered in an error.
     pub key_pem: String,
+    /// An OCSP response for the leaf (DER, RFC 6960), shown to visitors while
+    /// it lasts.
+    pub ocsp: Option<Base64>,
     /// Fields this version does not know, kept as they came.
     pub extra: Map<String, Value>,
 }
@@ -618,11 +621,12 @@ impl Certificate {
         head(&mut f, id);
         let chain_pem: Option<String> = f.required("chain_pem");
         let key_pem: Option<String> = f.required("key_pem");
+        let ocsp = f.optional("ocsp");
         let mistakes = f.mistakes();
         let extra = f.rest();
         match (chain_pem, key_pem) {
             (Some(chain_pem), Some(key_pem)) if mistakes.is_empty() => {
-                Ok(Self { id: id.clone(), chain_pem, key_pem, extra })
+                Ok(Self { id: id.clone(), chain_pem, key_pem, ocsp, extra })
             }
             _ => Err(mistakes),
         }
@@ -632,8 +636,84 @@ impl Certificate {
     pub fn to_record(&self) -> Map<String, Value> {
         record(
             &self.extra,
-            json!({ "v": 1, "id": self.id.as_str(), "chain_pem": self.chain_pem, "key_pem": self.key_pem }),
+            json!({
+                "v": 1,
+                "id": self.id.as_str(),
+                "chain_pem": self.chain_pem,
+                "key_pem": self.key_pem,
+                "ocsp": self.ocsp.as_ref().map(Base64::to_string),
+            }),
         )
+    }
+}
+
+/// The id of the ticket keys: there is one record of them, `default`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TicketKeysId;
+
+impl FromStr for TicketKeysId {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        (text == "default").then_some(Self).ok_or("is not \"default\", the one record of its kind")
+    }
+}
+
+impl fmt::Display for TicketKeysId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("default")
+    }
+}
+text_field!(TicketKeysId, "\"default\"");
+
+/// The secrets that TLS session tickets of all nodes are made from.
+#[derive(Clone, PartialEq)]
+pub struct TicketKeys {
+    /// Its id.
+    pub id: TicketKeysId,
+    /// 1 to 8 secrets of 32 to 256 bytes: the first makes tickets, each one
+    /// reads those that were made from it.
+    pub keys: Vec<Base64>,
+    /// Fields this version does not know, kept as they came.
+    pub extra: Map<String, Value>,
+}
+
+impl fmt::Debug for TicketKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TicketKeys").field("keys", &self.keys.len()).finish_non_exhaustive()
+    }
+}
+
+impl TicketKeys {
+    /// Reads a record; `id` is the one it is stored under.
+    ///
+    /// # Errors
+    /// Every mistake of the record; never a byte of a key.
+    pub fn from_record(id: &TicketKeysId, record: Map<String, Value>) -> Result<Self, Vec<Mistake>> {
+        let mut f = Fields::new(record);
+        head(&mut f, id);
+        let keys: Vec<Base64> = f.required("keys").unwrap_or_default();
+        if !f.mistakes().iter().any(|m| m.at == "keys") && !(1..=8).contains(&keys.len()) {
+            let problem = format!("holds {} keys", keys.len());
+            f.mistake("keys", problem, "write 1 to 8, first the one that makes tickets".into());
+        }
+        for (i, key) in keys.iter().enumerate() {
+            let fix = "write 32 random bytes, as `openssl rand -base64 32` makes them";
+            if !(32..=256).contains(&key.0.len()) {
+                f.mistake(&format!("keys[{i}]"), format!("has {} bytes", key.0.len()), fix.into());
+            }
+            if keys.iter().take(i).any(|earlier| earlier == key) {
+                f.mistake(&format!("keys[{i}]"), "is there twice".into(), fix.into());
+            }
+        }
+        let mistakes = f.mistakes();
+        let extra = f.rest();
+        if mistakes.is_empty() { Ok(Self { id: *id, keys, extra }) } else { Err(mistakes) }
+    }
+
+    /// The record as stored; `from_record` takes it back.
+    pub fn to_record(&self) -> Map<String, Value> {
+        let keys: Vec<String> = self.keys.iter().map(Base64::to_string).collect();
+        record(&self.extra, json!({ "v": 1, "id": self.id.to_string(), "keys": keys }))
     }
 }
 
@@ -733,5 +813,34 @@ mod tests {
         for bad in ["", "a@b", "a b", "a:b", "a:1:2", "[::1", "[::1]x", "ä.example", "a..b", "a/b", "a:99999", "[x]"] {
             assert!(authority_host(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn ticket_keys_are_checked_and_never_shown() {
+        let read = |keys: Value| {
+            let Value::Object(record) = json!({ "keys": keys }) else { unreachable!() };
+            TicketKeys::from_record(&TicketKeysId, record)
+        };
+        let key = |byte: u8, len: usize| Base64(vec![byte; len]).to_string();
+        let good = read(json!([key(1, 32), key(2, 256)])).unwrap();
+        assert_eq!(TicketKeys::from_record(&TicketKeysId, good.to_record()).as_ref(), Ok(&good));
+        let shown = format!("{good:?} {:?}", good.keys);
+        assert!(!shown.contains(&key(1, 32)[..8]) && shown.contains("32 bytes"), "{shown}");
+        let many: Vec<String> = (0..9).map(|byte| key(byte, 32)).collect();
+        for (bad, at) in [
+            (json!([]), "keys"),
+            (json!(many), "keys"),
+            (json!(null), "keys"),
+            (json!("secret"), "keys"),
+            (json!(["secret!"]), "keys"),
+            (json!([key(1, 31)]), "keys[0]"),
+            (json!([key(1, 32), key(1, 257)]), "keys[1]"),
+            (json!([key(1, 32), key(2, 32), key(1, 32)]), "keys[2]"),
+        ] {
+            let mistakes = read(bad.clone()).unwrap_err();
+            assert_eq!(mistakes.iter().map(|m| m.at.as_str()).collect::<Vec<_>>(), [at], "{bad}");
+            assert!(!format!("{mistakes:?}").contains("secret"), "{mistakes:?}");
+        }
+        assert!("other".parse::<TicketKeysId>().is_err());
     }
 }

@@ -240,7 +240,7 @@ async fn dispatch(
     }
     routing::acceptable(request.headers(), route.produces)?;
     let id = id.as_deref().unwrap_or_default();
-    use crate::model::{Certificate, Socket, Tunnel};
+    use crate::model::{Certificate, Socket, TicketKeys, Tunnel};
     match route.endpoint {
         Endpoint::Sockets => resources::list::<Socket>(state, &request).await,
         Endpoint::Socket => resources::one::<Socket>(state, id, method, request).await,
@@ -248,6 +248,8 @@ async fn dispatch(
         Endpoint::Tunnel => resources::one::<Tunnel>(state, id, method, request).await,
         Endpoint::Certificates => resources::list::<Certificate>(state, &request).await,
         Endpoint::Certificate => resources::one::<Certificate>(state, id, method, request).await,
+        Endpoint::TicketKeysList => resources::list::<TicketKeys>(state, &request).await,
+        Endpoint::TicketKeys => resources::one::<TicketKeys>(state, id, method, request).await,
         Endpoint::Watch => watch::watch(state, &request, ends),
         Endpoint::Status => ops::status(state),
         Endpoint::Drain => ops::drain(state),

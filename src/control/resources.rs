@@ -1,4 +1,4 @@
-//! Sockets, tunnels and certificates: PUT, GET, DELETE and lists. A PUT takes
+//! Sockets, tunnels, certificates and ticket keys: PUT, GET, DELETE and lists. A PUT takes
 //! back what a GET answered; lists leave out keys.
 
 use std::future::Future;
@@ -14,7 +14,7 @@ use super::problem::Problem;
 use super::{Answer, Body, ControlState, json, routing};
 use crate::feed::records::{Condition, Record, RecordError, Records, Written};
 use crate::fields::Mistake;
-use crate::model::{Certificate, Socket, Tunnel};
+use crate::model::{Certificate, Socket, TicketKeys, Tunnel};
 
 /// Records of a page where none is asked for, and at most.
 const PAGE: usize = 100;
@@ -35,7 +35,12 @@ pub(super) trait Resource: Record {
     }
     /// The record as answered in lists.
     fn listed(&self, records: &Records) -> impl Future<Output = Result<Map<String, Value>, RecordError>> + Send {
-        self.shown(records)
+        let shown = self.shown(records);
+        async move {
+            let mut record = shown.await?;
+            record.retain(|field, _| !Self::SECRET.contains(&field.as_str()));
+            Ok(record)
+        }
     }
     fn put(
         self,
@@ -86,18 +91,24 @@ impl Resource for Tunnel {
 impl Resource for Certificate {
     const PATH: &'static str = "/v1/certificates";
 
-    async fn listed(&self, _: &Records) -> Result<Map<String, Value>, RecordError> {
-        let mut record = self.to_record();
-        record.remove("key_pem");
-        Ok(record)
-    }
-
     async fn put(self, records: &Records, condition: Condition) -> Result<Written<Self>, RecordError> {
         records.put_certificate(self, condition).await
     }
 
     async fn delete(id: &Self::Id, records: &Records, condition: Condition, _: bool) -> Result<u64, RecordError> {
         records.delete_certificate(id, condition).await
+    }
+}
+
+impl Resource for TicketKeys {
+    const PATH: &'static str = "/v1/ticket-keys";
+
+    async fn put(self, records: &Records, condition: Condition) -> Result<Written<Self>, RecordError> {
+        records.put_ticket_keys(self, condition).await
+    }
+
+    async fn delete(id: &Self::Id, records: &Records, condition: Condition, _: bool) -> Result<u64, RecordError> {
+        records.delete_ticket_keys(id, condition).await
     }
 }
 

@@ -26,7 +26,7 @@ use super::{Answer, ControlState, routing};
 use crate::feed::records::Record;
 use crate::feed::{Change, Cursor, Entry, Epoch, Event, Subscription};
 use crate::fields::Mistake;
-use crate::model::{Certificate, Socket, Tunnel};
+use crate::model::{Certificate, Socket, TicketKeys, Tunnel};
 
 /// Records of a reset that are written at once.
 const CHUNK: usize = 64;
@@ -58,7 +58,7 @@ pub(super) fn watch(state: &Arc<ControlState>, request: &Request<Incoming>, ends
     let mut response = if request.method() == Method::HEAD {
         Response::new(http_body_util::Empty::new().boxed_unsync())
     } else {
-        let prefixes = [Socket::PREFIX, Tunnel::PREFIX, Certificate::PREFIX];
+        let prefixes = KINDS.map(|(prefix, ..)| prefix);
         let mut heartbeat = tokio::time::interval(state.settings.heartbeat);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         heartbeat.reset();
@@ -133,27 +133,34 @@ fn told(change: &Change) -> Value {
     match change {
         Change::Put(entry) => put(entry),
         Change::Delete { key, rev } => {
-            let (kind, id) = kind_and_id(key);
+            let (kind, id, _) = described(key);
             json!({ "op": "delete", "type": kind, "id": id, "revision": rev })
         }
     }
 }
 
-/// A record as stored, without the derived fields of a GET and without keys.
+/// A record as stored, without the derived fields of a GET and without secrets.
 fn put(entry: &Entry) -> Value {
-    let (kind, id) = kind_and_id(&entry.key);
+    let (kind, id, secret) = described(&entry.key);
     let mut record: Value = serde_json::from_str(&entry.value).unwrap_or_default();
-    if kind == Certificate::NOUN
-        && let Value::Object(fields) = &mut record
-    {
-        fields.remove("key_pem");
+    if let Value::Object(fields) = &mut record {
+        fields.retain(|field, _| !secret.contains(&field.as_str()));
     }
     json!({ "op": "put", "type": kind, "id": id, "revision": entry.rev, "record": record })
 }
 
-fn kind_and_id(key: &str) -> (&'static str, &str) {
-    [(Socket::PREFIX, Socket::NOUN), (Tunnel::PREFIX, Tunnel::NOUN), (Certificate::PREFIX, Certificate::NOUN)]
+/// Prefix, word and secret fields of each kind that is told.
+const KINDS: [(&str, &str, &[&str]); 4] = [
+    (Socket::PREFIX, Socket::NOUN, Socket::SECRET),
+    (Tunnel::PREFIX, Tunnel::NOUN, Tunnel::SECRET),
+    (Certificate::PREFIX, Certificate::NOUN, Certificate::SECRET),
+    (TicketKeys::PREFIX, TicketKeys::NOUN, TicketKeys::SECRET),
+];
+
+/// The word, the id and the secret fields of the record at a key.
+fn described(key: &str) -> (&'static str, &str, &'static [&'static str]) {
+    KINDS
         .into_iter()
-        .find_map(|(prefix, noun)| key.strip_prefix(prefix).map(|id| (noun, id)))
-        .unwrap_or(("other", key))
+        .find_map(|(prefix, noun, secret)| key.strip_prefix(prefix).map(|id| (noun, id, secret)))
+        .unwrap_or(("other", key, &[]))
 }

@@ -1,5 +1,6 @@
 //! Whether a certificate record can be served: chain and key parse, belong
-//! together, and name the hosts they are for. Never repeats a byte of the key.
+//! together, and name the hosts they are for; and whether its OCSP response can
+//! be stapled. Never repeats a byte of the key.
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -7,7 +8,28 @@ use rustls::sign::CertifiedKey;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use crate::fields::Mistake;
-use crate::model::HostPattern;
+use crate::model::{Certificate, HostPattern};
+use crate::tls::ocsp;
+
+/// The names that a record's certificate is for, if all of it can be served.
+///
+/// # Errors
+/// What cannot be served, by field.
+pub fn check_certificate(certificate: &Certificate) -> Result<Vec<HostPattern>, Mistake> {
+    let names = certificate_names(&certificate.chain_pem, &certificate.key_pem)?;
+    if let Some(der) = &certificate.ocsp {
+        let leaf = CertificateDer::from_pem_slice(certificate.chain_pem.as_bytes()).ok();
+        let leaf = leaf.as_ref().and_then(|leaf| X509Certificate::from_der(leaf).ok());
+        let serial = leaf.map(|(_, leaf)| leaf.raw_serial().to_vec()).unwrap_or_default();
+        ocsp::good_for(&der.0, &serial).map_err(|problem| Mistake {
+            at: "ocsp".to_owned(),
+            problem,
+            fix: "write the response of the CA's OCSP responder for the leaf, DER in base64, or leave it out"
+                .to_owned(),
+        })?;
+    }
+    Ok(names)
+}
 
 /// The names that a chain's leaf is for (its subjectAltNames; the common name
 /// no longer counts, RFC 9525 §6.3), if the key is the leaf's.
@@ -17,7 +39,7 @@ use crate::model::HostPattern;
 ///
 /// # Errors
 /// What cannot be served, by field.
-pub fn certificate_names(chain_pem: &str, key_pem: &str) -> Result<Vec<HostPattern>, Mistake> {
+fn certificate_names(chain_pem: &str, key_pem: &str) -> Result<Vec<HostPattern>, Mistake> {
     let mistake = |at: &str, problem: String, fix: &str| Mistake { at: at.to_owned(), problem, fix: fix.to_owned() };
     let chain = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
         .collect::<Result<Vec<_>, _>>()
@@ -87,6 +109,21 @@ mod tests {
         ] {
             assert_eq!(certificate_names(chain, key).unwrap_err().at, at);
         }
+    }
+
+    #[test]
+    fn an_ocsp_response_that_visitors_would_refuse_is_named() {
+        let made = rcgen::generate_simple_self_signed(vec!["a.test".into()]).unwrap();
+        let mut certificate = Certificate {
+            id: "a".parse().unwrap(),
+            chain_pem: made.cert.pem(),
+            key_pem: made.signing_key.serialize_pem(),
+            ocsp: None,
+            extra: Default::default(),
+        };
+        assert!(check_certificate(&certificate).is_ok());
+        certificate.ocsp = Some(crate::fields::Base64(b"junk".to_vec()));
+        assert_eq!(check_certificate(&certificate).unwrap_err().at, "ocsp");
     }
 
     #[test]

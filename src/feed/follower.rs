@@ -1,5 +1,5 @@
 //! The one task that follows the feed's records and applies them: sockets and
-//! tunnels to the route table, certificates to TLS. Each record is validated
+//! tunnels to the route table, certificates and ticket keys to TLS. Each record is validated
 //! before it is applied; a bad one is refused by name and counted, and the last
 //! good one keeps serving.
 
@@ -13,15 +13,15 @@ use tokio_util::sync::CancellationToken;
 use super::records::Record;
 use super::{Change, Cursor, Entry, Epoch, Event, Feed};
 use crate::fields::Mistake;
-use crate::model::{Certificate, CertificateId, Socket, SocketId, Tunnel, TunnelId};
+use crate::model::{Certificate, CertificateId, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId};
 use crate::routes::Routes;
 
 /// What the follower follows; claims are the writers' own business.
-const PREFIXES: &[&str] = &["cfg/sock/", "cfg/tun/", "cert/"];
+const PREFIXES: &[&str] = &[Socket::PREFIX, Tunnel::PREFIX, Certificate::PREFIX, TicketKeys::PREFIX];
 /// Records applied between two chances for other tasks.
 const BREATH: usize = 256;
 
-/// Where certificates go.
+/// Where certificates and ticket keys go.
 pub trait Certificates: Send + Sync + 'static {
     /// Takes a certificate in, in place of its former version.
     ///
@@ -32,6 +32,11 @@ pub trait Certificates: Send + Sync + 'static {
     fn remove(&self, id: &CertificateId);
     /// The ids of all that the feed brought.
     fn ids(&self) -> Vec<CertificateId>;
+    /// Takes the keys of session tickets in, or out.
+    ///
+    /// # Errors
+    /// Why they cannot be used; the former ones stay.
+    fn set_ticket_keys(&self, keys: Option<&TicketKeys>) -> Result<(), String>;
 }
 
 impl Certificates for crate::tls::Certificates {
@@ -43,6 +48,9 @@ impl Certificates for crate::tls::Certificates {
     }
     fn ids(&self) -> Vec<CertificateId> {
         self.ids()
+    }
+    fn set_ticket_keys(&self, keys: Option<&TicketKeys>) -> Result<(), String> {
+        self.set_ticket_keys(keys)
     }
 }
 
@@ -106,6 +114,8 @@ pub struct Follower {
     seen: HashMap<String, u64>,
     epoch: Option<Epoch>,
     bad: HashSet<String>,
+    /// Whether the feed brought keys of session tickets.
+    ticket_keys: bool,
     ports_changed: bool,
     applied: watch::Sender<u64>,
     ports: watch::Sender<u64>,
@@ -123,6 +133,7 @@ impl Follower {
             seen: HashMap::new(),
             epoch: None,
             bad: HashSet::new(),
+            ticket_keys: false,
             ports_changed: false,
             applied: watch::Sender::new(0),
             ports: watch::Sender::new(0),
@@ -192,6 +203,7 @@ impl Follower {
         let held = self.routes.socket_ids().iter().map(Socket::key).collect::<Vec<_>>().into_iter();
         let held = held.chain(self.routes.tunnel_ids().iter().map(Tunnel::key).collect::<Vec<_>>());
         let held = held.chain(self.certificates.ids().iter().map(Certificate::key).collect::<Vec<_>>());
+        let held = held.chain(self.ticket_keys.then(|| TicketKeys::key(&TicketKeysId)));
         let gone: Vec<String> = held.chain(self.bad.iter().cloned()).filter(|key| !present.contains(key)).collect();
         for key in gone {
             self.remove(&key);
@@ -215,6 +227,11 @@ impl Follower {
             Some(Kind::Certificate(id)) => {
                 let put = parsed(id, &entry.value).and_then(|certificate| self.certificates.put(certificate));
                 (Certificate::NOUN, put)
+            }
+            Some(Kind::TicketKeys(id)) => {
+                let put = parsed(id, &entry.value).and_then(|keys| self.certificates.set_ticket_keys(Some(&keys)));
+                self.ticket_keys |= put.is_ok();
+                (TicketKeys::NOUN, put)
             }
             None => return,
         };
@@ -269,6 +286,12 @@ impl Follower {
                     self.certificates.remove(&id);
                 }
             }
+            Some(Kind::TicketKeys(id)) => {
+                let ours = id.parse::<TicketKeysId>().is_ok() && std::mem::take(&mut self.ticket_keys);
+                if ours && let Err(why) = self.certificates.set_ticket_keys(None) {
+                    tracing::error!(why, "the former ticket keys stay");
+                }
+            }
             None => {}
         }
     }
@@ -284,6 +307,7 @@ enum Kind<'a> {
     Socket(&'a str),
     Tunnel(&'a str),
     Certificate(&'a str),
+    TicketKeys(&'a str),
 }
 
 fn kind_of(key: &str) -> Option<Kind<'_>> {
@@ -291,6 +315,7 @@ fn kind_of(key: &str) -> Option<Kind<'_>> {
         .map(Kind::Socket)
         .or_else(|| key.strip_prefix(Tunnel::PREFIX).map(Kind::Tunnel))
         .or_else(|| key.strip_prefix(Certificate::PREFIX).map(Kind::Certificate))
+        .or_else(|| key.strip_prefix(TicketKeys::PREFIX).map(Kind::TicketKeys))
 }
 
 fn parsed<R: Record>(id: &str, value: &str) -> Result<R, String> {
@@ -311,7 +336,10 @@ pub(crate) mod tests {
 
     /// Certificates that only remember; one whose chain is "bad" is refused.
     #[derive(Default)]
-    pub(crate) struct Remembered(pub(crate) Mutex<HashMap<CertificateId, String>>);
+    pub(crate) struct Remembered(
+        pub(crate) Mutex<HashMap<CertificateId, String>>,
+        pub(crate) Mutex<Option<TicketKeys>>,
+    );
 
     impl Certificates for Remembered {
         fn put(&self, certificate: Certificate) -> Result<(), String> {
@@ -326,6 +354,10 @@ pub(crate) mod tests {
         }
         fn ids(&self) -> Vec<CertificateId> {
             self.0.lock().keys().cloned().collect()
+        }
+        fn set_ticket_keys(&self, keys: Option<&TicketKeys>) -> Result<(), String> {
+            *self.1.lock() = keys.cloned();
+            Ok(())
         }
     }
 
@@ -376,6 +408,39 @@ pub(crate) mod tests {
         assert!(routes.by_host("old.test").is_none() && routes.by_host("new.test").is_some());
         assert!(!following.wait_applied(rev + 100, Duration::from_millis(20)).await);
         cancel.cancel();
+        task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn ticket_keys_come_go_and_outlast_a_bad_record() {
+        let (events, receiver) = tokio::sync::mpsc::channel(8);
+        let store = Store::in_memory(StoreSettings::default()).unwrap();
+        let feed = Arc::new(Script(Mutex::new(Some(receiver)), store));
+        let certificates = Arc::new(Remembered::default());
+        let (follower, following) = Follower::new(feed, Arc::default(), certificates.clone());
+        let task = tokio::spawn(follower.run(CancellationToken::new()));
+        let held = || certificates.1.lock().as_ref().map(|keys| keys.keys.len());
+        let one = format!(r#"{{"keys":["{}"]}}"#, "A".repeat(43) + "=");
+        let steps: [(&[(&str, &str)], _); 5] = [
+            (&[("ticket/default", &one)], Some(1)),
+            (&[("ticket/default", r#"{"keys":[]}"#)], Some(1)),
+            (&[("ticket/default", &one), ("ticket/other", &one)], Some(1)),
+            (&[("ticket/other", &one)], None),
+            (&[("ticket/default", &one)], Some(1)),
+        ];
+        for (rev, (records, expected)) in (1..).zip(steps) {
+            let entry = |(key, value): &(&str, &str)| Entry { key: (*key).into(), value: (*value).into(), rev };
+            let at = Cursor { epoch: Epoch("e".into()), rev };
+            events.send(Event::Reset { at, state: records.iter().map(entry).collect() }).await.unwrap();
+            assert!(following.wait_applied(rev, SECOND).await);
+            assert_eq!(held(), expected, "step {rev}");
+        }
+        let deleted = Change::Delete { key: "ticket/default".into(), rev: 9 };
+        let at = Cursor { epoch: Epoch("e".into()), rev: 9 };
+        events.send(Event::Batch { at, changes: vec![deleted] }).await.unwrap();
+        assert!(following.wait_applied(9, SECOND).await);
+        assert_eq!(held(), None);
+        drop(events);
         task.await.unwrap();
     }
 

@@ -3,26 +3,34 @@
 //! is up to whoever puts them here; TLS towards origins is elsewhere.
 
 pub mod dev;
+mod failure;
+pub mod ocsp;
+#[cfg(test)]
+mod tests;
+mod tickets;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use ::aws_lc_rs::digest;
 use parking_lot::RwLock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::{Acceptor, ClientHello, NoServerSessionStorage};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{ServerConfig, SignatureAlgorithm};
+use rustls::server::{Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls::{HandshakeKind, ServerConfig, SignatureAlgorithm};
 use tokio::io::AsyncWriteExt;
 use tokio_rustls::LazyConfigAcceptor;
 
+use self::failure::Failure;
+use self::tickets::{Bound, Ring};
 use crate::error::Error;
 use crate::fields::Fields;
-use crate::model::{Certificate, CertificateId, HostName, HostPattern};
+use crate::model::{Certificate, CertificateId, HostName, HostPattern, TicketKeys};
 use crate::stream::Stream;
 use crate::text_field;
 
@@ -36,7 +44,9 @@ pub struct Settings {
     /// Whether to make up a CA and the default certificate.
     pub make_certificate: bool,
     /// What meets a visitor who names a host without a certificate.
-    pub unknown_sni: UnknownSni,
+    pub unknown_sni: BadSni,
+    /// What meets a visitor who names no host.
+    pub missing_sni: BadSni,
     /// From the first byte of a handshake to its end.
     pub handshake_deadline: Duration,
     /// The oldest version served.
@@ -49,7 +59,8 @@ impl Default for Settings {
             default_certificate: None,
             default_key: None,
             make_certificate: false,
-            unknown_sni: UnknownSni::Default,
+            unknown_sni: BadSni::Default,
+            missing_sni: BadSni::Default,
             handshake_deadline: Duration::from_secs(10),
             min_version: Version::Tls12,
         }
@@ -65,6 +76,7 @@ impl Settings {
             default_key: f.optional("default_key"),
             make_certificate: f.take("make_certificate", usual.make_certificate),
             unknown_sni: f.take("unknown_sni", usual.unknown_sni),
+            missing_sni: f.take("missing_sni", usual.missing_sni),
             handshake_deadline: f.take("handshake_deadline", usual.handshake_deadline),
             min_version: f.take("min_version", usual.min_version),
         };
@@ -86,16 +98,16 @@ impl Settings {
     }
 }
 
-/// What meets a visitor who names a host without a certificate.
+/// What meets a visitor who names no host, or one without a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UnknownSni {
+pub enum BadSni {
     /// The default certificate.
     Default,
-    /// The alert `unrecognized_name`.
+    /// An alert.
     Refuse,
 }
 
-impl FromStr for UnknownSni {
+impl FromStr for BadSni {
     type Err = &'static str;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
@@ -105,7 +117,7 @@ impl FromStr for UnknownSni {
         }
     }
 }
-text_field!(UnknownSni, "\"default\" or \"refuse\"");
+text_field!(BadSni, "\"default\" or \"refuse\"");
 
 /// A TLS version that can be the oldest served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,7 +169,9 @@ pub struct Accepted {
 /// A certificate with its key, ready for handshakes.
 #[derive(Debug)]
 pub struct Presentable {
-    key: Arc<CertifiedKey>,
+    shown: Arc<Shown>,
+    /// SHA-256 of the leaf.
+    fingerprint: [u8; 32],
     names: Vec<HostPattern>,
     valid: (i64, i64),
     /// One per purpose, made when first needed and shared by all connections.
@@ -191,6 +205,23 @@ impl Presentable {
     }
 }
 
+/// Chain and key as handshakes present them: with the OCSP response while it is
+/// fresh. An old one would have browsers refuse what they take without any.
+#[derive(Debug)]
+struct Shown {
+    bare: Arc<CertifiedKey>,
+    /// With when it may be shown (seconds since 1970).
+    stapled: Option<(Arc<CertifiedKey>, (i64, i64))>,
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let now = now();
+        let stapled = self.stapled.iter().find(|(_, (from, until))| (*from..*until).contains(&now));
+        Some(Arc::clone(stapled.map_or(&self.bare, |(key, _)| key)))
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Match {
     Wildcard,
@@ -206,7 +237,9 @@ pub struct Certificates {
     provider: Arc<CryptoProvider>,
     /// The settings common to all connections, per purpose; the key is added.
     base: [ServerConfig; 2],
-    unknown_sni: UnknownSni,
+    tickets: Arc<Ring>,
+    unknown_sni: BadSni,
+    missing_sni: BadSni,
     handshake_deadline: Duration,
 }
 
@@ -224,9 +257,6 @@ impl Certificates {
     /// The machine gives no random bytes for ticket keys.
     pub fn new(settings: &Settings) -> Result<Self, String> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        // Stateless resumption: nothing kept per visitor. rustls resumes only
-        // for the name that a ticket was made for, so sharing the keys is safe.
-        let tickets = aws_lc_rs::Ticketer::new().map_err(|e| format!("no keys for TLS tickets: {e}"))?;
         let base = |alpn: &[&[u8]]| -> Result<ServerConfig, String> {
             let versions: &[&rustls::SupportedProtocolVersion] = match settings.min_version {
                 Version::Tls12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
@@ -238,13 +268,14 @@ impl Certificates {
                 .with_no_client_auth()
                 .with_cert_resolver(Arc::new(rustls::server::ResolvesServerCertUsingSni::new()));
             config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+            // Stateless resumption alone: nothing kept per visitor.
             config.session_storage = Arc::new(NoServerSessionStorage {});
-            config.ticketer = Arc::clone(&tickets);
             Ok(config)
         };
         let base = [base(&[b"h2", b"http/1.1"])?, base(&[])?];
-        let Settings { unknown_sni, handshake_deadline, .. } = *settings;
-        Ok(Self { table: RwLock::default(), provider, base, unknown_sni, handshake_deadline })
+        let Settings { unknown_sni, missing_sni, handshake_deadline, .. } = *settings;
+        let tickets = Arc::new(Ring::new()?);
+        Ok(Self { table: RwLock::default(), provider, base, tickets, unknown_sni, missing_sni, handshake_deadline })
     }
 
     /// Adds a certificate, or replaces the one of the same id.
@@ -252,7 +283,7 @@ impl Certificates {
     /// # Errors
     /// What is wrong with it; the one before it stays.
     pub fn put(&self, certificate: &Certificate) -> Result<(), String> {
-        let new = Arc::new(presentable(&certificate.chain_pem, &certificate.key_pem, &self.provider)?);
+        let new = Arc::new(presentable(certificate, &self.provider)?);
         let id = &certificate.id;
         let mut table = self.table.write();
         table.forget(id);
@@ -273,12 +304,21 @@ impl Certificates {
         self.table.read().by_id.keys().cloned().collect()
     }
 
+    /// Takes the keys of session tickets that all nodes share, or (`None`) makes
+    /// some of its own, as it does at the start.
+    ///
+    /// # Errors
+    /// They cannot be used; the ones before them stay.
+    pub fn set_ticket_keys(&self, keys: Option<&TicketKeys>) -> Result<(), String> {
+        self.tickets.set(keys)
+    }
+
     /// Sets the certificate for visitors who name no host, or an unknown one.
     ///
     /// # Errors
     /// What is wrong with it; the one before it stays.
     pub fn put_default(&self, chain_pem: &str, key_pem: &str) -> Result<(), String> {
-        let new = presentable(chain_pem, key_pem, &self.provider)?;
+        let new = presentable_pair(chain_pem, key_pem, None, &self.provider)?;
         self.table.write().default = Some(Arc::new(new));
         Ok(())
     }
@@ -296,31 +336,37 @@ impl Certificates {
 
     /// The certificate that a visitor asking for `sni` is shown, or none.
     pub fn choose(&self, sni: Option<&HostName>, purpose: Purpose<'_>) -> Option<Arc<Presentable>> {
-        self.choose_for(sni, purpose, &|_| true)
+        self.choose_for(sni, sni.is_some(), purpose, &|_| true)
     }
 
+    /// `named`: the visitor named something, even where `sni` is none because no
+    /// host can have that name.
     fn choose_for(
         &self,
         sni: Option<&HostName>,
+        named: bool,
         purpose: Purpose<'_>,
         usable: &dyn Fn(&Presentable) -> bool,
     ) -> Option<Arc<Presentable>> {
         let now = now();
         let table = self.table.read();
-        if let Some(sni) = sni {
-            if let Some(found) = table.best(sni.as_str(), sni.wildcard().as_deref(), usable, now) {
-                return Some(found);
-            }
-            if self.unknown_sni == UnknownSni::Refuse {
-                return None;
-            }
+        if let Some(sni) = sni
+            && let Some(found) = table.best(sni.as_str(), sni.wildcard().as_deref(), usable, now)
+        {
+            return Some(found);
+        }
+        if named && self.unknown_sni == BadSni::Refuse {
+            return None;
         }
         let own = match purpose {
             Purpose::Http => &[],
             Purpose::Raw { own } => own,
         };
-        let of_socket = own.iter().find_map(|name| table.best_for_pattern(name, usable, now));
-        of_socket.or_else(|| table.default.clone())
+        if let Some(found) = own.iter().find_map(|name| table.best_for_pattern(name, usable, now)) {
+            return Some(found);
+        }
+        let default = named || self.missing_sni == BadSni::Default;
+        table.default.clone().filter(|_| default)
     }
 
     /// Makes a visitor's TLS connection, within the handshake deadline.
@@ -332,33 +378,49 @@ impl Certificates {
     /// # Cancel safety
     /// Dropping it closes the connection.
     pub async fn accept(&self, stream: Stream, purpose: Purpose<'_>) -> Result<Accepted, Error> {
-        tokio::time::timeout(self.handshake_deadline, self.handshake(stream, purpose))
-            .await
-            .map_err(|_| Error::TlsHandshake)?
+        let start = Instant::now();
+        let made = tokio::time::timeout(self.handshake_deadline, self.handshake(stream, purpose)).await;
+        match made.unwrap_or(Err(Failure::Timeout)) {
+            Ok((accepted, resumed)) => {
+                let resumed = if resumed { "yes" } else { "no" };
+                metrics::histogram!("adit_tls_handshake_seconds", "resumed" => resumed)
+                    .record(start.elapsed().as_secs_f64());
+                Ok(accepted)
+            }
+            Err(failure) => {
+                metrics::counter!("adit_tls_handshake_failures_total", "reason" => failure.label()).increment(1);
+                Err(Error::TlsHandshake)
+            }
+        }
     }
 
-    async fn handshake(&self, stream: Stream, purpose: Purpose<'_>) -> Result<Accepted, Error> {
-        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
+    /// The connection, and whether it goes on with an earlier session.
+    async fn handshake(&self, stream: Stream, purpose: Purpose<'_>) -> Result<(Accepted, bool), Failure> {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(Failure::of)?;
         let hello = start.client_hello();
+        let named = hello.server_name().is_some();
         let sni: Option<HostName> = hello.server_name().and_then(|name| name.parse().ok());
-        let Some(certificate) = self.choose_for(sni.as_ref(), purpose, &|c| usable(c, &hello)) else {
-            refuse_name(start.io).await;
-            return Err(Error::TlsHandshake);
+        let Some(certificate) = self.choose_for(sni.as_ref(), named, purpose, &|c| usable(c, &hello)) else {
+            refuse(start.io, if named { UNRECOGNIZED_NAME } else { MISSING_EXTENSION }).await;
+            return Err(Failure::NoCertificate);
         };
-        let tls = start.into_stream(self.config(&certificate, purpose)).await.map_err(failed)?;
+        let tls = start.into_stream(self.config(&certificate, purpose)).await.map_err(Failure::of)?;
         let h2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
-        Ok(Accepted { stream: Stream::other(tls), sni, h2, certificate })
+        let resumed = tls.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
+        Ok((Accepted { stream: Stream::other(tls), sni, h2, certificate }, resumed))
     }
 
     fn config(&self, certificate: &Presentable, purpose: Purpose<'_>) -> Arc<ServerConfig> {
         let ([http, raw], [http_base, raw_base]) = (&certificate.configs, &self.base);
-        let (cell, base) = match purpose {
-            Purpose::Http => (http, http_base),
-            Purpose::Raw { .. } => (raw, raw_base),
+        let (cell, base, word) = match purpose {
+            Purpose::Http => (http, http_base, &b"http"[..]),
+            Purpose::Raw { .. } => (raw, raw_base, &b"raw"[..]),
         };
         let made = cell.get_or_init(|| {
             let mut config = base.clone();
-            config.cert_resolver = Arc::new(SingleCertAndKey::from(Arc::clone(&certificate.key)));
+            config.cert_resolver = Arc::clone(&certificate.shown) as _;
+            let context = [&certificate.fingerprint[..], word].concat();
+            config.ticketer = Arc::new(Bound { ring: Arc::clone(&self.tickets), context });
             Arc::new(config)
         });
         Arc::clone(made)
@@ -389,7 +451,7 @@ impl Table {
     ) -> Option<Arc<Presentable>> {
         let named = |name: Option<&str>| name.and_then(|n| self.by_name.get(n)).into_iter().flatten().map(|(_, c)| c);
         let rank = |c: &Arc<Presentable>| {
-            let elliptic = c.key.key.algorithm() != SignatureAlgorithm::RSA;
+            let elliptic = c.shown.bare.key.algorithm() != SignatureAlgorithm::RSA;
             (usable(c), c.valid_at(now), c.match_of(host), elliptic, c.valid.1)
         };
         let default = self.default.iter().filter(|c| c.covers(host));
@@ -414,7 +476,7 @@ impl Table {
 /// Whether this visitor can verify signatures of the certificate's key. In TLS
 /// 1.2 the cipher suite must agree with the key as well (RFC 8422 §5.1).
 fn usable(certificate: &Presentable, hello: &ClientHello<'_>) -> bool {
-    let key = &certificate.key.key;
+    let key = &certificate.shown.bare.key;
     if key.choose_scheme(hello.signature_schemes()).is_none() {
         return false;
     }
@@ -425,17 +487,16 @@ fn usable(certificate: &Presentable, hello: &ClientHello<'_>) -> bool {
     })
 }
 
-/// Says `unrecognized_name` (RFC 6066 §3), so that the visitor's program can say
-/// more than "connection closed".
-async fn refuse_name(mut stream: Stream) {
-    const ALERT: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
-    let _ = stream.write_all(&ALERT).await;
-    let _ = stream.shutdown().await;
-}
+/// RFC 6066 §3.
+const UNRECOGNIZED_NAME: u8 = 112;
+/// RFC 8446 §9.2: what a server says that has to be told a name.
+const MISSING_EXTENSION: u8 = 109;
 
-fn failed(error: std::io::Error) -> Error {
-    tracing::debug!(%error, "a TLS handshake failed");
-    Error::TlsHandshake
+/// Says the alert, so that the visitor's program can say more than "connection
+/// closed".
+async fn refuse(mut stream: Stream, alert: u8) {
+    let _ = stream.write_all(&[21, 3, 3, 0, 2, 2, alert]).await;
+    let _ = stream.shutdown().await;
 }
 
 /// Checks a certificate record as `Certificates::put` would.
@@ -443,31 +504,57 @@ fn failed(error: std::io::Error) -> Error {
 /// # Errors
 /// What is wrong with it; says nothing of the key's bytes.
 pub fn check(certificate: &Certificate) -> Result<(), String> {
-    presentable(&certificate.chain_pem, &certificate.key_pem, &aws_lc_rs::default_provider()).map(|_| ())
+    presentable(certificate, &aws_lc_rs::default_provider()).map(|_| ())
 }
 
-/// Reads chain and key, and holds them against each other.
-fn presentable(chain_pem: &str, key_pem: &str, provider: &CryptoProvider) -> Result<Presentable, String> {
+fn presentable(certificate: &Certificate, provider: &CryptoProvider) -> Result<Presentable, String> {
+    let ocsp = certificate.ocsp.as_ref().map(|ocsp| ocsp.0.as_slice());
+    presentable_pair(&certificate.chain_pem, &certificate.key_pem, ocsp, provider)
+}
+
+/// Reads chain, key and OCSP response, and holds them against each other.
+fn presentable_pair(
+    chain_pem: &str,
+    key_pem: &str,
+    ocsp: Option<&[u8]>,
+    provider: &CryptoProvider,
+) -> Result<Presentable, String> {
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
         .collect::<Result<_, _>>()
         .map_err(|e| format!("chain_pem is not PEM: {e}"))?;
     let leaf = chain.first().ok_or("chain_pem holds no certificate")?;
-    let (names, valid) = leaf_facts(leaf)?;
+    let Leaf { names, valid, serial } = leaf_facts(leaf)?;
     for (i, link) in chain.iter().enumerate().skip(1) {
         x509_parser::parse_x509_certificate(link).map_err(|e| format!("certificate {i} of chain_pem is bad: {e}"))?;
     }
+    let fingerprint = digest::digest(&digest::SHA256, leaf).as_ref().try_into().map_err(|_| "no SHA-256")?;
     let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| "key_pem holds no private key")?;
-    let key = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
+    let bare = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => "key_pem is not the key of chain_pem's first certificate".to_owned(),
         _ => {
             "key_pem holds a key of a kind that is not served (RSA 2048-8192, P-256, P-384, P-521, Ed25519)".to_owned()
         }
     })?;
-    Ok(Presentable { key: Arc::new(key), names, valid, configs: Default::default() })
+    let stapled = ocsp.map(|der| -> Result<_, String> {
+        let fresh = ocsp::good_for(der, &serial).map_err(|why| format!("ocsp {why}"))?;
+        let mut key = bare.clone();
+        key.ocsp = Some(der.to_vec());
+        Ok((Arc::new(key), fresh))
+    });
+    let shown = Arc::new(Shown { stapled: stapled.transpose()?, bare: Arc::new(bare) });
+    Ok(Presentable { shown, fingerprint, names, valid, configs: Default::default() })
 }
 
-/// The leaf's names and its validity in seconds since 1970.
-fn leaf_facts(leaf: &CertificateDer<'_>) -> Result<(Vec<HostPattern>, (i64, i64)), String> {
+/// What is read from a leaf.
+struct Leaf {
+    names: Vec<HostPattern>,
+    /// Seconds since 1970.
+    valid: (i64, i64),
+    /// As DER has it.
+    serial: Vec<u8>,
+}
+
+fn leaf_facts(leaf: &CertificateDer<'_>) -> Result<Leaf, String> {
     use x509_parser::extensions::GeneralName;
     let (_, leaf) =
         x509_parser::parse_x509_certificate(leaf).map_err(|e| format!("chain_pem's first certificate is bad: {e}"))?;
@@ -486,257 +573,11 @@ fn leaf_facts(leaf: &CertificateDer<'_>) -> Result<(Vec<HostPattern>, (i64, i64)
         return Err("chain_pem's first certificate names no host (subjectAltName DNS)".into());
     }
     let validity = leaf.validity();
-    Ok((names, (validity.not_before.timestamp(), validity.not_after.timestamp())))
+    let valid = (validity.not_before.timestamp(), validity.not_after.timestamp());
+    Ok(Leaf { names, valid, serial: leaf.raw_serial().to_vec() })
 }
 
 fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256};
-    use rustls::SignatureScheme;
-    use tokio::io::AsyncReadExt;
-    use tokio_rustls::TlsConnector;
-    use tokio_rustls::client::TlsStream;
-
-    use super::*;
-
-    const HTTP: Purpose<'_> = Purpose::Http;
-
-    fn made_with(id: &str, names: &[&str], days: i64, pair: &KeyPair) -> Certificate {
-        let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
-        let mut params = CertificateParams::new(names).unwrap();
-        params.not_before = time::OffsetDateTime::now_utc() - time::Duration::days(400);
-        params.not_after = time::OffsetDateTime::now_utc() + time::Duration::days(days);
-        let chain_pem = params.self_signed(pair).unwrap().pem();
-        let key_pem = pair.serialize_pem();
-        Certificate { id: id.parse().unwrap(), chain_pem, key_pem, extra: Default::default() }
-    }
-
-    fn made(id: &str, names: &[&str], days: i64) -> Certificate {
-        made_with(id, names, days, &KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap())
-    }
-
-    fn certificates() -> Certificates {
-        Certificates::new(&Settings::default()).unwrap()
-    }
-
-    fn name(text: &str) -> HostName {
-        text.parse().unwrap()
-    }
-
-    /// The first name of what `sni` is shown.
-    fn shown(certificates: &Certificates, sni: Option<&str>, purpose: Purpose<'_>) -> Option<String> {
-        certificates.choose(sni.map(name).as_ref(), purpose).map(|c| c.names()[0].to_string())
-    }
-
-    #[test]
-    fn exact_names_beat_wildcards_one_label_deep_and_the_default_takes_the_rest() {
-        let all = certificates();
-        assert_eq!(shown(&all, None, HTTP), None);
-        let default = made("default", &["edge.test", "*.edge.test"], 10);
-        all.put_default(&default.chain_pem, &default.key_pem).unwrap();
-        all.put(&made("any", &["*.a.test"], 10)).unwrap();
-        all.put(&made("one", &["one.a.test"], 5)).unwrap();
-        assert_eq!(shown(&all, Some("one.a.test"), HTTP).as_deref(), Some("one.a.test"));
-        assert_eq!(shown(&all, Some("two.a.test"), HTTP).as_deref(), Some("*.a.test"));
-        for sni in [Some("x.two.a.test"), Some("a.test"), Some("web.edge.test"), None] {
-            assert_eq!(shown(&all, sni, HTTP).as_deref(), Some("edge.test"), "{sni:?}");
-        }
-        all.remove(&"one".parse().unwrap());
-        assert_eq!(shown(&all, Some("one.a.test"), HTTP).as_deref(), Some("*.a.test"));
-        let shown = all.choose(Some(&name("one.a.test")), HTTP).unwrap();
-        assert!(shown.covers("b.a.test") && !shown.covers("a.test") && !shown.covers("c.b.a.test"));
-    }
-
-    #[test]
-    fn a_raw_socket_shows_its_own_certificate_where_the_visitor_names_none() {
-        let all = certificates();
-        let default = made("default", &["edge.test"], 10);
-        all.put_default(&default.chain_pem, &default.key_pem).unwrap();
-        all.put(&made("own", &["db.own.test"], 10)).unwrap();
-        all.put(&made("any", &["*.wild.test"], 10)).unwrap();
-        let own = ["missing.test".parse().unwrap(), "db.own.test".parse().unwrap()];
-        assert_eq!(shown(&all, None, Purpose::Raw { own: &own }).as_deref(), Some("db.own.test"));
-        assert_eq!(shown(&all, Some("unknown.test"), Purpose::Raw { own: &own }).as_deref(), Some("db.own.test"));
-        let wild = ["a.wild.test".parse().unwrap()];
-        assert_eq!(shown(&all, None, Purpose::Raw { own: &wild }).as_deref(), Some("*.wild.test"));
-        assert_eq!(shown(&all, None, Purpose::Raw { own: &[] }).as_deref(), Some("edge.test"));
-    }
-
-    #[test]
-    fn of_several_for_a_name_the_latest_to_expire_is_shown_and_an_expired_one_only_alone() {
-        let all = certificates();
-        let put = |id: &str, days: i64| all.put(&made(id, &["a.test", &format!("{id}.test")], days)).unwrap();
-        let second = || all.choose(Some(&name("a.test")), HTTP).unwrap().names()[1].to_string();
-        put("expired", -1);
-        assert_eq!(second(), "expired.test");
-        put("late", 20);
-        put("soon", 5);
-        assert_eq!(second(), "late.test");
-        all.put(&made("wild", &["*.test"], 50)).unwrap();
-        assert_eq!(second(), "late.test");
-        all.remove(&"late".parse().unwrap());
-        all.remove(&"soon".parse().unwrap());
-        assert_eq!(shown(&all, Some("a.test"), HTTP).as_deref(), Some("*.test"));
-    }
-
-    #[test]
-    fn what_does_not_belong_together_is_refused_and_the_old_one_stays() {
-        let all = certificates();
-        let good = made("a", &["a.test"], 10);
-        all.put(&good).unwrap();
-        let other = made("a", &["a.test"], 10);
-        let refused = |chain: &str, key: &str| {
-            let bad = Certificate { chain_pem: chain.into(), key_pem: key.into(), ..good.clone() };
-            assert_eq!(check(&bad), all.put(&bad));
-            all.put(&bad).unwrap_err()
-        };
-        assert!(refused(&good.chain_pem, &other.key_pem).contains("is not the key"));
-        assert!(refused("", &good.key_pem).contains("no certificate"));
-        assert!(refused(&good.chain_pem, "x").contains("no private key"));
-        assert!(refused(&good.chain_pem.replace("MII", "AAA"), &good.key_pem).contains("bad"));
-        assert_eq!(shown(&all, Some("a.test"), HTTP).as_deref(), Some("a.test"));
-        assert_eq!(all.ids(), [good.id]);
-    }
-
-    #[derive(Debug)]
-    struct Trusting(Vec<SignatureScheme>);
-
-    impl rustls::client::danger::ServerCertVerifier for Trusting {
-        fn verify_server_cert(
-            &self,
-            _: &CertificateDer<'_>,
-            _: &[CertificateDer<'_>],
-            _: &rustls::pki_types::ServerName<'_>,
-            _: &[u8],
-            _: rustls::pki_types::UnixTime,
-        ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-            Ok(rustls::client::danger::ServerCertVerified::assertion())
-        }
-        fn verify_tls12_signature(
-            &self,
-            _: &[u8],
-            _: &CertificateDer<'_>,
-            _: &rustls::DigitallySignedStruct,
-        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-            Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
-        }
-        fn verify_tls13_signature(
-            &self,
-            _: &[u8],
-            _: &CertificateDer<'_>,
-            _: &rustls::DigitallySignedStruct,
-        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-            Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
-        }
-        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            self.0.clone()
-        }
-    }
-
-    const ANY: &[SignatureScheme] = &[SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::RSA_PSS_SHA256];
-
-    fn client(schemes: &[SignatureScheme], alpn: &[&[u8]]) -> rustls::ClientConfig {
-        let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Trusting(schemes.to_vec())))
-            .with_no_client_auth();
-        config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
-        config
-    }
-
-    type Client = std::io::Result<TlsStream<tokio::io::DuplexStream>>;
-
-    async fn meet(
-        all: &Certificates,
-        purpose: Purpose<'_>,
-        config: Arc<rustls::ClientConfig>,
-        sni: &'static str,
-    ) -> (Result<Accepted, Error>, Client) {
-        let (near, far) = tokio::io::duplex(1 << 16);
-        let visitor = async {
-            let mut tls = TlsConnector::from(config).connect(sni.try_into().unwrap(), far).await?;
-            // Tickets arrive after the handshake.
-            let mut greeting = [0; 5];
-            tls.read_exact(&mut greeting).await?;
-            Ok(tls)
-        };
-        let edge = async {
-            let mut accepted = all.accept(Stream::other(near), purpose).await?;
-            accepted.stream.write_all(b"hello").await.unwrap();
-            accepted.stream.flush().await.unwrap();
-            Ok(accepted)
-        };
-        tokio::join!(edge, visitor)
-    }
-
-    #[tokio::test]
-    async fn a_visitor_is_shown_a_key_that_it_can_verify() {
-        let all = certificates();
-        all.put(&made("ecdsa", &["a.test", "ecdsa.test"], 10)).unwrap();
-        let rsa = KeyPair::generate_for(&PKCS_RSA_SHA256).unwrap();
-        all.put(&made_with("rsa", &["a.test", "rsa.test"], 20, &rsa)).unwrap();
-        for (schemes, expected) in [(ANY, "ecdsa.test"), (&ANY[1..], "rsa.test")] {
-            let (edge, visitor) = meet(&all, HTTP, Arc::new(client(schemes, &[])), "a.test").await;
-            visitor.unwrap();
-            assert_eq!(edge.unwrap().certificate.names()[1].as_str(), expected);
-        }
-    }
-
-    #[tokio::test]
-    async fn http_agrees_on_h2_and_a_raw_socket_on_nothing() {
-        let all = certificates();
-        all.put(&made("a", &["a.test"], 10)).unwrap();
-        for (purpose, alpn, h2, agreed) in [
-            (HTTP, vec![&b"http/1.1"[..], b"h2"], true, Some(&b"h2"[..])),
-            (HTTP, vec![b"http/1.1"], false, Some(b"http/1.1")),
-            (HTTP, vec![], false, None),
-            (Purpose::Raw { own: &[] }, vec![b"h2", b"postgresql"], false, None),
-        ] {
-            let (edge, visitor) = meet(&all, purpose, Arc::new(client(ANY, &alpn)), "a.test").await;
-            let (edge, visitor) = (edge.unwrap(), visitor.unwrap());
-            assert_eq!((edge.h2, visitor.get_ref().1.alpn_protocol()), (h2, agreed));
-            assert_eq!(edge.sni, Some(name("a.test")));
-        }
-    }
-
-    #[tokio::test]
-    async fn a_visitor_resumes_with_a_ticket_and_the_hybrid_key_exchange() {
-        let all = certificates();
-        all.put(&made("a", &["a.test"], 10)).unwrap();
-        let config = Arc::new(client(ANY, &[]));
-        let (_, first) = meet(&all, HTTP, Arc::clone(&config), "a.test").await;
-        let group = first.unwrap().get_ref().1.negotiated_key_exchange_group().unwrap().name();
-        assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
-        let (_, second) = meet(&all, HTTP, config, "a.test").await;
-        assert_eq!(second.unwrap().get_ref().1.handshake_kind(), Some(rustls::HandshakeKind::Resumed));
-    }
-
-    #[tokio::test]
-    async fn an_unknown_name_is_refused_by_its_alert_where_set() {
-        let settings = Settings { unknown_sni: UnknownSni::Refuse, ..Settings::default() };
-        let all = Certificates::new(&settings).unwrap();
-        let default = made("default", &["edge.test"], 10);
-        all.put_default(&default.chain_pem, &default.key_pem).unwrap();
-        let (edge, visitor) = meet(&all, HTTP, Arc::new(client(ANY, &[])), "other.test").await;
-        assert_eq!(edge.unwrap_err(), Error::TlsHandshake);
-        let error = visitor.unwrap_err().to_string();
-        assert!(error.contains("UnrecognisedName"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn a_silent_visitor_is_let_go_at_the_deadline() {
-        let (near, _far) = tokio::io::duplex(64);
-        let deadline = Duration::from_millis(30);
-        let all = Certificates::new(&Settings { handshake_deadline: deadline, ..Settings::default() }).unwrap();
-        let begun = tokio::time::Instant::now();
-        assert_eq!(all.accept(Stream::other(near), HTTP).await.unwrap_err(), Error::TlsHandshake);
-        assert!(begun.elapsed() >= deadline);
-    }
 }

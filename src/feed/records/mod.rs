@@ -3,7 +3,8 @@
 //! written with the record in one guarded transaction. Used by the control API
 //! and by registration on demand; who may do it is decided by them.
 //!
-//! Keys: `cfg/sock/<id>`, `cfg/tun/<id>`, `cert/<id>`; claims in `claims`.
+//! Keys: `cfg/sock/<id>`, `cfg/tun/<id>`, `cert/<id>`, `ticket/default`; claims
+//! in `claims`.
 
 mod claims;
 mod completion;
@@ -24,10 +25,10 @@ pub use self::settings::RecordSettings;
 use self::claims::{Claim, Holder};
 use self::completion::check_user;
 use self::error::mistake;
-use super::certificate_check::certificate_names;
+use super::certificate_check::check_certificate;
 use super::{Entry, Expect, Feed, LeaseId, Op, Txn, WriteError};
 use crate::fields::Mistake;
-use crate::model::{Certificate, CertificateId, Socket, SocketId, Tunnel, TunnelId};
+use crate::model::{Certificate, CertificateId, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId};
 
 /// How often a write that lost a race is tried again. Each try loses only to a
 /// write that succeeded, so this is met by a storm on one name alone.
@@ -111,15 +112,32 @@ impl Records {
         certificate: Certificate,
         condition: Condition,
     ) -> Result<Written<Certificate>, RecordError> {
-        certificate_names(&certificate.chain_pem, &certificate.key_pem).map_err(|m| RecordError::Mistakes(vec![m]))?;
-        let key = Certificate::key(&certificate.id);
+        check_certificate(&certificate).map_err(|m| RecordError::Mistakes(vec![m]))?;
+        self.put_unclaimed(certificate, condition).await
+    }
+
+    /// Creates or replaces the keys of session tickets.
+    ///
+    /// # Errors
+    /// See [`RecordError`]; nothing is written then.
+    pub async fn put_ticket_keys(
+        &self,
+        keys: TicketKeys,
+        condition: Condition,
+    ) -> Result<Written<TicketKeys>, RecordError> {
+        self.put_unclaimed(keys, condition).await
+    }
+
+    /// Writes a record that claims nothing.
+    async fn put_unclaimed<R: Record>(&self, record: R, condition: Condition) -> Result<Written<R>, RecordError> {
+        let key = R::key(record.id());
         for _ in 0..TRIES {
             let old = self.feed.read(&key).await?;
             condition.check(old.as_ref().map(|e| e.rev))?;
             let mut txn = Txn::default();
-            write_record(&mut txn, &certificate, old.as_ref(), None);
+            write_record(&mut txn, &record, old.as_ref(), None);
             if let Outcome::Done(rev) = self.commit(txn).await? {
-                return Ok(Written { record: certificate, rev, created: old.is_none() });
+                return Ok(Written { record, rev, created: old.is_none() });
             }
         }
         Err(RecordError::Contended)
@@ -219,10 +237,24 @@ impl Records {
     /// # Errors
     /// See [`RecordError`]; nothing is deleted then.
     pub async fn delete_certificate(&self, id: &CertificateId, condition: Condition) -> Result<u64, RecordError> {
+        self.delete_unclaimed::<Certificate>(id, condition).await
+    }
+
+    /// Deletes the keys of session tickets: each node makes its own again.
+    /// Answers the revision.
+    ///
+    /// # Errors
+    /// See [`RecordError`]; nothing is deleted then.
+    pub async fn delete_ticket_keys(&self, id: &TicketKeysId, condition: Condition) -> Result<u64, RecordError> {
+        self.delete_unclaimed::<TicketKeys>(id, condition).await
+    }
+
+    /// Deletes a record that claims nothing.
+    async fn delete_unclaimed<R: Record>(&self, id: &R::Id, condition: Condition) -> Result<u64, RecordError> {
         for _ in 0..TRIES {
-            let old = self.existing::<Certificate>(id, condition).await?;
+            let old = self.existing::<R>(id, condition).await?;
             let mut txn = Txn::default();
-            erase::<Certificate>(&mut txn, id, &old);
+            erase::<R>(&mut txn, id, &old);
             if let Outcome::Done(rev) = self.commit(txn).await? {
                 return Ok(rev);
             }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::error::{RecordError, mistake};
 use crate::feed::Cursor;
 use crate::fields::Mistake;
-use crate::model::{Certificate, CertificateId, Socket, SocketId, Tunnel, TunnelId};
+use crate::model::{Certificate, CertificateId, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId};
 
 /// What must hold of a record for a write to happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +77,8 @@ pub trait Record: Sized + Clone + Send + Sync + 'static {
     const PREFIX: &'static str;
     /// The word for it.
     const NOUN: &'static str;
+    /// Fields that only one who asks for this very record is shown.
+    const SECRET: &'static [&'static str];
     /// Its id.
     fn id(&self) -> &Self::Id;
     /// # Errors
@@ -104,11 +106,12 @@ pub trait Record: Sized + Clone + Send + Sync + 'static {
 }
 
 macro_rules! record_type {
-    ($t:ty, $id:ty, $prefix:literal, $noun:literal) => {
+    ($t:ty, $id:ty, $prefix:literal, $noun:literal, $secret:expr) => {
         impl Record for $t {
             type Id = $id;
             const PREFIX: &'static str = $prefix;
             const NOUN: &'static str = $noun;
+            const SECRET: &'static [&'static str] = $secret;
             fn id(&self) -> &$id {
                 &self.id
             }
@@ -121,6 +124,7 @@ macro_rules! record_type {
         }
     };
 }
-record_type!(Socket, SocketId, "cfg/sock/", "socket");
-record_type!(Tunnel, TunnelId, "cfg/tun/", "tunnel");
-record_type!(Certificate, CertificateId, "cert/", "certificate");
+record_type!(Socket, SocketId, "cfg/sock/", "socket", &[]);
+record_type!(Tunnel, TunnelId, "cfg/tun/", "tunnel", &[]);
+record_type!(Certificate, CertificateId, "cert/", "certificate", &["key_pem"]);
+record_type!(TicketKeys, TicketKeysId, "ticket/", "ticket_keys", &["keys"]);
