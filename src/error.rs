@@ -69,6 +69,8 @@ errors! {
     HelloTimeout: Visitor, "hello_timeout", 408, DEBUG, "The connection said nothing in time.";
     /// The first bytes are no protocol that is served here.
     HelloUnknown: Visitor, "hello_unknown", 400, DEBUG, "This protocol is not served here.";
+    /// A proxy's connection begins with no PROXY protocol header, or a malformed one.
+    ProxyHeader: Visitor, "proxy_header", 400, DEBUG, "The connection does not say whom it is from.";
     /// The TLS handshake failed or timed out.
     TlsHandshake: Visitor, "tls_handshake", 400, DEBUG, "The TLS handshake failed.";
     /// The visitor went away or reset the connection.

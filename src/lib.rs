@@ -40,6 +40,7 @@ pub mod header_rules; // what a socket changes in heads
 pub mod limits; // counts that end
 pub mod metrics;
 pub mod model; // base: plain values
+pub mod proxy_protocol; // whom a connection is from
 pub mod secret_file; // files that hold secrets
 pub mod stream; // a visitor's or origin's bytes
 pub mod tls; // certificates by name, handshakes
@@ -83,6 +84,7 @@ mod tests {
         "model",
         "fields",
         "header_rules",
+        "proxy_protocol",
         "error",
         "stream",
         "limits",

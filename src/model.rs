@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::fields::{Base64, Field, Fields, Mistake};
 use crate::header_rules::{HeaderRules, Hsts};
+use crate::proxy_protocol;
 use crate::text_field;
 
 macro_rules! id_type {
@@ -297,6 +298,8 @@ pub struct Socket {
     pub response_headers: HeaderRules,
     /// Whether browsers are told to come by HTTPS alone.
     pub hsts: Option<Hsts>,
+    /// Whether each connection to the origin begins with a PROXY protocol header.
+    pub proxy_protocol: Option<proxy_protocol::Version>,
     /// How visitors are shared among tunnels.
     pub balance: Balance,
     /// Who made it: `api`, or the fingerprint of the key that claimed the name.
@@ -318,6 +321,7 @@ impl Socket {
             request_headers: HeaderRules::default(),
             response_headers: HeaderRules::default(),
             hsts: None,
+            proxy_protocol: None,
             balance: Balance::RoundRobin,
             created_by: None,
             extra: Map::new(),
@@ -351,6 +355,7 @@ impl Socket {
         } else {
             let _none: Option<Value> = f.optional("hsts");
         }
+        socket.proxy_protocol = f.optional("proxy_protocol");
         socket.balance = f.take("balance", Balance::RoundRobin);
         socket.created_by = f.optional("created_by");
         if f.has("gate") {
@@ -409,6 +414,7 @@ impl Socket {
                 "redirect_https": self.redirect_https,
                 "request_headers": self.request_headers.to_value(),
                 "response_headers": self.response_headers.to_value(),
+                "proxy_protocol": self.proxy_protocol.map(proxy_protocol::Version::as_str),
                 "hsts": self.hsts.as_ref().map(Hsts::to_value),
                 "balance": match self.balance { Balance::RoundRobin => "round_robin" },
                 "created_by": self.created_by,

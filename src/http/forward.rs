@@ -26,7 +26,8 @@ use super::upgrade::Upgrade;
 use super::{Chain, Connection, Dial, Http, Protocol, websocket};
 use crate::dial::Way;
 use crate::error::Error;
-use crate::model::SocketType;
+use crate::model::{HostName, SocketType};
+use crate::proxy_protocol::{self, Extras};
 use crate::routes::{Route, Routes};
 
 /// An answer, and the upgrade that follows it where it is a 101.
@@ -261,8 +262,10 @@ impl<D: Dial> Http<D> {
         let mut _turn = None;
         if let By::Any { repeatable } = by {
             let own = connection.own.lock().take_if(|own| own.reaches(ways.iter().map(|way| way.id()), &key));
-            let mut kept = own.or_else(|| self.origins.take(&key, repeatable));
-            if kept.is_none() && http2 {
+            // A connection that says who its visitor is serves no other.
+            let private = route.socket.proxy_protocol.is_some();
+            let mut kept = own.or_else(|| if private { None } else { self.origins.take(&key, repeatable) });
+            if kept.is_none() && http2 && !private {
                 _turn = self.origins.turn_to_open(key.way).await;
                 kept = self.origins.take(&key, repeatable);
             }
@@ -275,7 +278,16 @@ impl<D: Dial> Http<D> {
             }
         }
         metrics::counter!("adit_origin_requests_total", "connection" => "new").increment(1);
-        let dialed = self.dialer.dial(ways, &connection.visitor).await?;
+        let mut dialed = self.dialer.dial(ways, &connection.visitor).await?;
+        if let Some(version) = route.socket.proxy_protocol {
+            let sni = connection.via.tls.as_ref().and_then(|tls| tls.sni.as_ref());
+            let extras = Extras {
+                alpn: connection.via.tls.as_ref().map(|_| connection.via.protocol.alpn()),
+                authority: sni.map(HostName::as_str),
+                unique_id: &proxy_protocol::unique_id(),
+            };
+            proxy_protocol::tell(&mut dialed.stream, version, &record.visitor, extras).await?;
+        }
         record.goes(&*dialed.way);
         let key = Key { way: dialed.way.id(), ..key };
         let (stream, http2) = match &key.tls {
@@ -283,7 +295,7 @@ impl<D: Dial> Http<D> {
             // By prior knowledge (RFC 9113 §3.3).
             None => (dialed.stream, http2),
         };
-        self.origins.handshake(stream, key, http2).await
+        self.origins.handshake(stream, key, http2, route.socket.proxy_protocol.is_some()).await
     }
 
     /// Sends the request, twice where the first connection ended under it and

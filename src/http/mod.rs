@@ -64,6 +64,16 @@ pub enum Protocol {
     Http2,
 }
 
+impl Protocol {
+    /// Its name in ALPN (RFC 7301).
+    pub fn alpn(self) -> &'static [u8] {
+        match self {
+            Self::Http1 => b"http/1.1",
+            Self::Http2 => b"h2",
+        }
+    }
+}
+
 /// How a visitor's bytes came.
 #[derive(Clone)]
 pub struct Via {

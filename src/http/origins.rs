@@ -109,7 +109,8 @@ pub(super) struct Origin {
     /// How long it may wait for a request.
     idle: Duration,
     reused: bool,
-    /// What it is asked as is bound to the visitor's connection (NTLM).
+    /// It serves one visitor's connection alone: by what was said on it (NTLM, the
+    /// PROXY protocol).
     bound: bool,
     /// Where it goes back to, if so.
     owner: Option<Arc<Connection>>,
@@ -262,13 +263,25 @@ impl Origins {
         }
     }
 
-    /// Speaks HTTP over a new stream to an origin.
+    /// Speaks HTTP over a new stream to an origin, which serves one visitor alone
+    /// where it is `private`.
     ///
     /// # Errors
     /// `OriginReset`.
-    pub(super) async fn handshake(self: &Arc<Self>, stream: Stream, key: Key, http2: bool) -> Result<Origin, Error> {
+    pub(super) async fn handshake(
+        self: &Arc<Self>,
+        stream: Stream,
+        key: Key,
+        http2: bool,
+        private: bool,
+    ) -> Result<Origin, Error> {
         let io = TokioIo::new(OriginIo::new(stream));
-        if http2 { self.handshake_http2(io, key).await } else { self.handshake_http1(io, key).await }
+        let mut origin = match http2 {
+            true => self.handshake_http2(io, key, !private).await?,
+            false => self.handshake_http1(io, key).await?,
+        };
+        origin.bound = private;
+        Ok(origin)
     }
 
     async fn handshake_http1(self: &Arc<Self>, io: TokioIo<OriginIo>, key: Key) -> Result<Origin, Error> {
@@ -281,7 +294,7 @@ impl Origins {
         Ok(self.origin(Requests::One(requests, guard), key))
     }
 
-    async fn handshake_http2(self: &Arc<Self>, io: TokioIo<OriginIo>, key: Key) -> Result<Origin, Error> {
+    async fn handshake_http2(self: &Arc<Self>, io: TokioIo<OriginIo>, key: Key, share: bool) -> Result<Origin, Error> {
         let s = &self.settings;
         let window = u32::try_from(s.origin_h2_stream_window.0).unwrap_or(u32::MAX >> 1);
         let streams = u32::try_from(s.origin_h2_streams).unwrap_or(u32::MAX);
@@ -298,7 +311,7 @@ impl Origins {
         let place = Permit::take(&streams, s.origin_h2_streams).ok_or(Error::Internal)?;
         // It ends once nobody can ask it for anything.
         self.tracker.spawn(Arc::clone(self).drive(key.way, driver, CancellationToken::new(), s.origin_h2_idle));
-        if self.keeps() {
+        if share && self.keeps() {
             let now = Instant::now();
             let (requests, key) = (requests.clone(), key.clone());
             let mut shared = self.shared.entry(key.way).or_default();

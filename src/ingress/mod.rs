@@ -22,10 +22,11 @@ pub use self::ports::Ports;
 use crate::dial::Dialer;
 use crate::drain::Stages;
 use crate::error::Error;
-use crate::fields::{Fields, PortRange};
+use crate::fields::{Fields, Network, PortRange};
 use crate::http::Http;
-use crate::limits::{AddressPermit, PerAddress, Permit};
+use crate::limits::PerAddress;
 use crate::model::Visitor;
+use crate::proxy_protocol::{self, Told};
 use crate::relay::RelaySettings;
 use crate::routes::Routes;
 use crate::tls::Certificates;
@@ -46,6 +47,8 @@ pub struct IngressSettings {
     pub connections: usize,
     /// Visitors' connections of one address at once.
     pub connections_per_address: usize,
+    /// Networks of proxies whose connections begin with a PROXY protocol header.
+    pub proxy_protocol_from: Vec<Network>,
 }
 
 impl IngressSettings {
@@ -59,6 +62,7 @@ impl IngressSettings {
             ports: f.take("ports", PortRange { first: 20000, last: 20999 }),
             connections: f.take("connections", 200_000),
             connections_per_address: f.take("connections_per_address", 1_000),
+            proxy_protocol_from: f.take("proxy_protocol_from", Vec::new()),
         };
         let limits =
             [("connections", settings.connections), ("connections_per_address", settings.connections_per_address)];
@@ -149,20 +153,41 @@ impl Ingress {
         let tcp_settings = self.parts.tcp.clone();
         listener::accept_loop(listener, closed, |tcp, addr| {
             listener::prepare_accepted(&tcp, &tcp_settings);
-            self.owner(tcp, Bytes::new(), addr);
+            if !self.speaks_first(addr.ip()) {
+                return self.owner(tcp, Bytes::new(), addr);
+            }
+            let ingress = Arc::clone(&self);
+            self.parts.owner_tasks.spawn(async move {
+                let mut tcp = tcp;
+                match ingress.told_by_proxy(&mut tcp).await {
+                    Ok(told) => ingress.owner(tcp, Bytes::new(), told.map_or(addr, |told| told.source)),
+                    Err(error) => tracing::debug!(proxy = %addr, %error, "turned away"),
+                }
+            });
         })
         .await;
+    }
+
+    /// Whether connections from there begin with a PROXY protocol header.
+    fn speaks_first(&self, ip: IpAddr) -> bool {
+        self.settings.proxy_protocol_from.iter().any(|network| network.contains(ip))
+    }
+
+    /// The header that a proxy's connection begins with, within the deadline for
+    /// first bytes.
+    async fn told_by_proxy(&self, tcp: &mut TcpStream) -> Result<Option<Told>, Error> {
+        match tokio::time::timeout(self.parts.hello.deadline, proxy_protocol::read(tcp)).await {
+            Ok(Ok(told)) => Ok(told),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "no PROXY protocol header");
+                Err(Error::ProxyHeader)
+            }
+            Err(_) => Err(Error::HelloTimeout),
+        }
     }
 
     /// Hands a connection that speaks SSH over to the tunnels' side.
     fn owner(&self, tcp: TcpStream, head: Bytes, addr: SocketAddr) {
         self.parts.owner_tasks.spawn(Arc::clone(&self.parts.owners).serve(tcp, head, addr));
-    }
-
-    /// The limits at the door.
-    fn admit(&self, visitor: &Visitor) -> Result<(Permit, AddressPermit), Error> {
-        let node = Permit::take(&self.count, self.settings.connections).ok_or(Error::NodeLimit)?;
-        let share = self.per_address.admit(visitor.ip()).ok_or(Error::VisitorLimit)?;
-        Ok((node, share))
     }
 }

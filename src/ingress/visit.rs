@@ -12,20 +12,31 @@ use crate::dial::{Dial, Way};
 use crate::drain::Stages;
 use crate::error::Error;
 use crate::http::{Protocol, Tls, Via};
+use crate::limits::{AddressPermit, Permit};
 use crate::metrics::Present;
-use crate::model::{SocketType, Visitor};
+use crate::model::{HostName, SocketType, Visitor};
+use crate::proxy_protocol::{self, Extras};
 use crate::relay::relay;
 use crate::routes::Route;
 use crate::stream::Stream;
 use crate::tls::Purpose;
 use crate::visit_log::{self, Legs, Sink, Visit, What};
 
+/// What a raw connection came in.
+#[derive(Default)]
+struct Outer {
+    /// How long the TLS handshake took, where it ended here.
+    tls: Option<Duration>,
+    /// The name asked for in it, or in the one that is passed through.
+    sni: Option<HostName>,
+}
+
 impl Ingress {
     /// One visitor, from the first byte to the last.
-    pub(super) async fn visit(self: Arc<Self>, door: Door, tcp: TcpStream, visitor: Visitor) {
-        let admitted = match self.admit(&visitor) {
+    pub(super) async fn visit(self: Arc<Self>, door: Door, mut tcp: TcpStream, mut visitor: Visitor) {
+        let admitted = match self.admit(door, &mut tcp, &mut visitor).await {
             Ok(admitted) => admitted,
-            Err(limit) => return self.turned_away(door, &visitor, limit),
+            Err(error) => return self.turned_away(door, &visitor, error),
         };
         let _present = Present::new(metrics::gauge!("adit_visitors", "door" => door.as_str()));
         let failed = match door {
@@ -36,6 +47,25 @@ impl Ingress {
             self.turned_away(door, &visitor, error);
         }
         drop(admitted);
+    }
+
+    /// The limits at the door; and who it is, where a proxy brings them.
+    async fn admit(
+        &self,
+        door: Door,
+        tcp: &mut TcpStream,
+        visitor: &mut Visitor,
+    ) -> Result<(Permit, AddressPermit), Error> {
+        let node = Permit::take(&self.count, self.settings.connections).ok_or(Error::NodeLimit)?;
+        if self.speaks_first(visitor.ip())
+            && let Some(told) = self.told_by_proxy(tcp).await?
+        {
+            // A socket's own port is the one that was reached here.
+            let local = if door == Door::Raw { visitor.local } else { told.destination };
+            *visitor = Visitor::new(told.source, local);
+        }
+        let share = self.per_address.admit(visitor.ip()).ok_or(Error::VisitorLimit)?;
+        Ok((node, share))
     }
 
     /// A visitor who found no socket, or no place; the connection is closed.
@@ -53,9 +83,10 @@ impl Ingress {
                 let own = &route.socket.hostnames;
                 let begun = Instant::now();
                 let tls = self.parts.tls.accept(stream, Purpose::Raw { own }).await?;
-                self.raw(&route, visitor, tls.stream, Some(begun.elapsed())).await;
+                let outer = Outer { tls: Some(begun.elapsed()), sni: tls.sni };
+                self.raw(&route, visitor, tls.stream, outer).await;
             }
-            _ => self.raw(&route, visitor, stream, None).await,
+            _ => self.raw(&route, visitor, stream, Outer::default()).await,
         }
         Ok(())
     }
@@ -68,7 +99,8 @@ impl Ingress {
                 let passed = client.sni.name().and_then(|name| self.parts.routes.by_host(name.as_str()));
                 let stream = Stream::tcp(tcp).with_head(head);
                 if let Some(route) = passed.filter(|r| r.socket.kind == SocketType::Passthrough) {
-                    self.raw(&route, &visitor, stream, None).await;
+                    let outer = Outer { tls: None, sni: client.sni.name().cloned() };
+                    self.raw(&route, &visitor, stream, outer).await;
                     return Ok(());
                 }
                 let begun = Instant::now();
@@ -101,7 +133,7 @@ impl Ingress {
     }
 
     /// Bytes as they are, between a visitor and the nearest live tunnel.
-    async fn raw(&self, route: &Arc<Route>, visitor: &Visitor, stream: Stream, tls: Option<Duration>) {
+    async fn raw(&self, route: &Arc<Route>, visitor: &Visitor, stream: Stream, outer: Outer) {
         let (at, start) = (SystemTime::now(), Instant::now());
         let _present = Present::new(metrics::gauge!("adit_raw_connections", "type" => route.socket.kind.as_str()));
         let mut visit = Visit {
@@ -110,10 +142,10 @@ impl Ingress {
             socket: Some(route.socket.id.clone()),
             tunnel: None,
             kind: route.socket.kind.as_str(),
-            protocol: if tls.is_some() { "tls" } else { "tcp" },
+            protocol: if outer.tls.is_some() { "tls" } else { "tcp" },
             id: None,
             what: What::Connection,
-            legs: Legs { tls, ..Legs::default() },
+            legs: Legs { tls: outer.tls, ..Legs::default() },
             status: None,
             bytes_up: 0,
             bytes_down: 0,
@@ -126,7 +158,13 @@ impl Ingress {
         let routed = start.elapsed();
         let dialed = async {
             let place = dialer.admit(route)?;
-            Ok((place, dialer.dial(dialer.ways(route), visitor).await?))
+            let mut dialed = dialer.dial(dialer.ways(route), visitor).await?;
+            if let Some(version) = route.socket.proxy_protocol {
+                let authority = outer.sni.as_ref().map(HostName::as_str);
+                let extras = Extras { authority, unique_id: &proxy_protocol::unique_id(), ..Extras::default() };
+                proxy_protocol::tell(&mut dialed.stream, version, visitor, extras).await?;
+            }
+            Ok((place, dialed))
         };
         match dialed.await {
             Ok((_place, dialed)) => {

@@ -19,6 +19,7 @@ mod limits;
 mod network;
 mod operator;
 mod owners;
+mod proxy_protocol;
 mod rekey;
 mod review;
 mod scale;
