@@ -44,6 +44,8 @@ impl Failure {
         match why {
             ServerDoesNotSupportTls12Or13
             | ServerTlsVersionIsDisabledByOurConfig
+            // Asked for first; what lacks it is older than TLS 1.2 (RFC 5246 §7.4.1.4.1).
+            | SignatureAlgorithmsExtensionRequired
             | SupportedVersionsExtensionRequired
             | Tls12NotOffered
             | Tls12NotOfferedOrEnabled => Self::ProtocolVersion,
@@ -54,7 +56,6 @@ impl Failure {
             | NoEcPointFormatsInCommon
             | NoKxGroupsInCommon
             | NoSignatureSchemesInCommon
-            | SignatureAlgorithmsExtensionRequired
             | UncompressedEcPointsRequired => Self::NoSharedCipher,
             _ => Self::Other,
         }
