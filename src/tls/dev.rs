@@ -18,8 +18,9 @@ use crate::model::HostName;
 
 /// Long: whoever trusts the CA should have to do it once.
 const CA_LIFETIME: Duration = Duration::days(3650);
-/// The longest that browsers take.
-const LEAF_LIFETIME: Duration = Duration::days(397);
+/// Browsers take 397 days of a CA that somebody chose to trust; scanners complain
+/// of more than a year.
+const LEAF_LIFETIME: Duration = Duration::days(365);
 /// What runs out sooner than this is made anew at the start.
 const RENEW_BEFORE: Duration = Duration::days(30);
 

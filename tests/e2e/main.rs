@@ -27,4 +27,5 @@ mod shortage;
 mod soak;
 mod stall;
 mod takeover;
+mod tls_scan;
 mod types;

@@ -101,6 +101,16 @@ impl Program {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
+
+    /// Waits for its end, and for the last of what it says (its pipes close with
+    /// it, and are read by others).
+    pub async fn finished(&mut self, limit: Duration) -> (ExitStatus, String) {
+        let status = self.ended(limit).await;
+        let mut grown = self.grown.clone();
+        let closed = async { while grown.changed().await.is_ok() {} };
+        assert!(tokio::time::timeout(limit, closed).await.is_ok(), "{}'s output does not end", self.name);
+        (status, self.output())
+    }
 }
 
 impl Drop for Program {
