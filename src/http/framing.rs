@@ -40,6 +40,15 @@ enum At {
     Refused,
 }
 
+/// Where a message stops being clear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refused {
+    /// The index of the first byte after which it is not.
+    pub at: usize,
+    /// What hyper refuses in that byte's place.
+    pub instead: u8,
+}
+
 /// What the head so far says about what follows it.
 #[derive(Debug, Clone, Default)]
 struct Head {
@@ -58,6 +67,7 @@ enum Field {
     Other,
     ContentLength,
     TransferEncoding,
+    Upgrade,
 }
 
 impl Default for Framing {
@@ -67,12 +77,13 @@ impl Default for Framing {
 }
 
 impl Framing {
-    /// Reads on. The first byte after which the message is not clear, by its
-    /// index in `bytes`; nothing after it is looked at.
+    /// Reads on, up to the first byte after which the message is not clear;
+    /// nothing after it is looked at.
     ///
     /// # Errors
-    /// That index. Where it is in a head, the head is not complete yet.
-    pub fn read(&mut self, bytes: &[u8]) -> Result<(), usize> {
+    /// That byte's place in `bytes`. Where it is in a head, the head is not
+    /// complete yet.
+    pub fn read(&mut self, bytes: &[u8]) -> Result<(), Refused> {
         let mut rest = bytes;
         while let Some((byte, after)) = rest.split_first() {
             // Bodies are skipped, not read.
@@ -95,8 +106,11 @@ impl Framing {
                 continue;
             }
             if self.step(*byte).is_none() {
+                // A NUL is good nowhere, but that a chunk's extension is not looked at:
+                // there it is the line end without its CR.
+                let instead = if matches!(self.at, At::Extension { .. }) && !self.cr { b'\n' } else { 0 };
                 self.at = At::Refused;
-                return Err(bytes.len() - rest.len());
+                return Err(Refused { at: bytes.len() - rest.len(), instead });
             }
             rest = after;
         }
@@ -169,10 +183,7 @@ impl Framing {
         self.head.field = match self.head.text.as_slice() {
             b"content-length" => Field::ContentLength,
             b"transfer-encoding" => Field::TransferEncoding,
-            b"upgrade" => {
-                self.head.upgrade = true;
-                Field::Other
-            }
+            b"upgrade" => Field::Upgrade,
             _ => Field::Other,
         };
         self.head.text.clear();
@@ -220,7 +231,8 @@ impl Head {
     /// once, and the only coding that can be undone here.
     fn line_end(&mut self) -> Option<()> {
         let value = self.text.trim_ascii();
-        if self.field != Field::Other && self.text.len() > VALUE_MAX {
+        let framing = matches!(self.field, Field::ContentLength | Field::TransferEncoding);
+        if framing && self.text.len() > VALUE_MAX {
             return None;
         }
         match self.field {
@@ -239,12 +251,20 @@ impl Head {
             }
             // Framing that comes after the body is nobody's.
             Field::ContentLength | Field::TransferEncoding => return None,
+            Field::Upgrade => self.upgrade |= may_switch(value),
             Field::Other => {}
         }
         self.text.clear();
         self.field = Field::Other;
         Some(())
     }
+}
+
+/// Whether what follows a request that has this `Upgrade` may not be HTTP/1, and so
+/// is not looked at: where no switch follows, the connection must end. `h2c` is
+/// never passed on, and some clients ask for it in each request.
+pub fn may_switch(upgrade: &[u8]) -> bool {
+    !upgrade.trim_ascii().eq_ignore_ascii_case(b"h2c")
 }
 
 /// RFC 9110 §5.6.2 `tchar`.
@@ -258,7 +278,7 @@ mod tests {
 
     /// The index of the refused byte, found the same at every split.
     fn refused(text: &str) -> Option<usize> {
-        let whole = Framing::default().read(text.as_bytes()).err();
+        let whole = Framing::default().read(text.as_bytes()).err().map(|refused| refused.at);
         let mut one_by_one = Framing::default();
         let single = (0..text.len()).find(|i| one_by_one.read(&text.as_bytes()[*i..=*i]).is_err());
         assert_eq!(whole, single, "{text:?}");
@@ -273,6 +293,7 @@ mod tests {
             "POST / HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n5;a=\"b\"\r\n\n\0\r\n#\r\n0a\r\n0123456789\r\n000\r\nX-Sum: 1\r\n\r\nGET / HTTP/1.1\r\n",
             "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx",
             "GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n\0\n\r\r",
+            "GET / HTTP/1.1\r\nUpgrade: a-protocol-with-quite-a-long-name-of-its-own\r\n\r\n\0\n\r\r",
         ] {
             assert_eq!(refused(text), None, "{text:?}");
         }
@@ -301,6 +322,7 @@ mod tests {
             "GET / HTTP/1.1\r\n: a\r\n\r\n",
             "GET / HTTP/1.1\r\nno colon\r\n\r\n",
             "GET /#x HTTP/1.1\r\n\r\n",
+            "GET / HTTP/1.1\r\nUpgrade: h2c\r\n\r\nGET / HTTP/1.1\nHost: a\n\n",
             &long,
         ] {
             let at = refused(text).unwrap_or_else(|| panic!("{text:?} passed"));

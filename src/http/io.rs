@@ -118,13 +118,12 @@ impl AsyncRead for VisitorIo {
         if let Some(read) = buf.filled_mut().get_mut(before..).filter(|read| !read.is_empty()) {
             self.pulse.received();
             if let Some(framing) = &mut self.framing
-                && let Err(at) = framing.read(read)
+                && let Err(refused) = framing.read(read)
+                && let Some(unclear) = read.get_mut(refused.at)
             {
-                // A NUL is good nowhere: hyper refuses the head (with a 400) or the
-                // chunk that it is in, in place of what it would have made of it.
-                if let Some(unclear) = read.get_mut(at) {
-                    *unclear = 0;
-                }
+                // hyper refuses the head (with a 400) or the chunk that it is in, in
+                // place of what it would have made of it.
+                *unclear = refused.instead;
             }
         } else {
             self.ended = true;
