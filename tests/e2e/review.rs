@@ -131,7 +131,7 @@ async fn a_recorded_wildcard_keeps_its_names_for_its_own_keys() {
     let forward = format!("web:80:{}", origin.target());
     let stranger = Ssh::launch(&node, SshOpts::new(&[&forward]));
     stranger.program.wait_for("remote port forwarding failed", 1, DEADLINE).await;
-    assert!(node.log().contains("taken by another key"), "{}", node.log());
+    eventually("why, in the log", async || node.log().contains("taken by another key").then_some(())).await;
     assert_eq!(node.api("GET", "/v1/sockets/web", None).await.0, 404);
     let _owner = Ssh::with(&node, SshOpts::new(&[&forward]).key(&owner)).await;
 }
