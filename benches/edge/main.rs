@@ -6,7 +6,6 @@
 //! cargo bench --bench edge -- d1 u1 echo16                 # some workloads
 //! cargo bench --bench edge -- d1 --rounds 9 --json out.json
 //! cargo bench --bench edge -- --also old=PATH --baseline old      # beside another binary
-//! cargo bench --bench edge -- --also new=PATH,own          # a binary with `[ssh] engine = "own"`
 //! cargo bench --bench edge -- stall --seconds 60 --systems adit
 //! ```
 //! Needs root, and the Debian packages openssh-client, openssh-server, iproute2.

@@ -35,18 +35,14 @@ pub struct System {
 
 #[derive(Debug, Clone)]
 enum Kind {
-    Adit { binary: PathBuf, engine: Option<String> },
+    Adit { binary: PathBuf },
     Sshd,
 }
 
 impl System {
-    /// An adit by `PATH[,ENGINE]`.
-    pub fn adit(name: &str, what: &str) -> Self {
-        let (binary, engine) = match what.rsplit_once(',') {
-            Some((binary, engine)) => (binary, Some(engine.to_owned())),
-            None => (what, None),
-        };
-        Self { name: name.to_owned(), kind: Kind::Adit { binary: binary.into(), engine } }
+    /// An adit by its binary.
+    pub fn adit(name: &str, binary: &str) -> Self {
+        Self { name: name.to_owned(), kind: Kind::Adit { binary: binary.into() } }
     }
 
     /// OpenSSH's server.
@@ -58,7 +54,7 @@ impl System {
     /// What is missing.
     pub fn check(&self) -> Result<(), String> {
         let (binary, hint) = match &self.kind {
-            Kind::Adit { binary, .. } => (binary.as_path(), ""),
+            Kind::Adit { binary } => (binary.as_path(), ""),
             Kind::Sshd => (Path::new(SSHD), " (openssh-server)"),
         };
         if binary.is_file() { Ok(()) } else { Err(format!("{}: there is no {}{hint}", self.name, binary.display())) }
@@ -66,15 +62,14 @@ impl System {
 
     /// What it says of itself, for the record.
     pub fn version(&self) -> String {
-        let (mut command, engine) = match &self.kind {
-            Kind::Adit { binary, engine } => (Command::new(binary), engine.clone()),
-            Kind::Sshd => (Command::new("ssh"), None),
+        let mut command = match &self.kind {
+            Kind::Adit { binary } => Command::new(binary),
+            Kind::Sshd => Command::new("ssh"),
         };
-        let said = match command.arg("-V").output() {
+        match command.arg("-V").output() {
             Ok(done) => String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).trim().to_owned(),
             Err(e) => e.to_string(),
-        };
-        engine.map_or(said.clone(), |engine| format!("{said}, engine {engine}"))
+        }
     }
 }
 
@@ -94,7 +89,7 @@ impl Server {
         let dir = tempfile::tempdir_in("/run")?;
         keygen(&dir.path().join("key"))?;
         let command = match &system.kind {
-            Kind::Adit { binary, engine } => adit(binary, engine.as_deref(), dir.path())?,
+            Kind::Adit { binary } => adit(binary, dir.path())?,
             Kind::Sshd => sshd(dir.path())?,
         };
         let mut program = Program::start("the server", command, dir.path())?;
@@ -233,13 +228,12 @@ impl Tunnel {
     }
 }
 
-fn adit(binary: &Path, engine: Option<&str>, dir: &Path) -> Outcome<Command> {
-    let engine = engine.map(|engine| format!("engine = {engine:?}\n")).unwrap_or_default();
+fn adit(binary: &Path, dir: &Path) -> Outcome<Command> {
     let settings = format!(
         "[node]\nname = \"edge\"\ndomain = \"edge.localhost\"\nexempt_loopback = true\n\
          [log]\nlevel = \"warn\"\n\
          [ingress]\nhttp = [\"{IP}:8080\"]\nhttps = []\nraw = [\"{IP}\"]\n\
-         [ssh]\nlisten = [\"{SSH}\"]\nmode = \"open\"\nsockets_per_key = 100000\n{engine}\
+         [ssh]\nlisten = [\"{SSH}\"]\nmode = \"open\"\nsockets_per_key = 100000\n\
          [control]\nlisten = [\"{CONTROL}\"]\nallow_anonymous_loopback = true\n"
     );
     let config = dir.join("adit.toml");
