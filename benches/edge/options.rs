@@ -15,7 +15,7 @@ pub struct Options {
     /// What to measure; everything where nothing is named.
     #[arg(value_enum)]
     workloads: Vec<Workload>,
-    /// The adit under test: a binary, and its `ssh.engine` after a comma.
+    /// The adit under test.
     #[arg(long, value_name = "PATH[,ENGINE]", default_value = env!("CARGO_BIN_EXE_adit"))]
     adit: String,
     /// Another adit beside it, by a name for the tables. May be repeated.
