@@ -16,10 +16,10 @@ pub struct Options {
     #[arg(value_enum)]
     workloads: Vec<Workload>,
     /// The adit under test.
-    #[arg(long, value_name = "PATH[,ENGINE]", default_value = env!("CARGO_BIN_EXE_adit"))]
+    #[arg(long, value_name = "PATH", default_value = env!("CARGO_BIN_EXE_adit"))]
     adit: String,
     /// Another adit beside it, by a name for the tables. May be repeated.
-    #[arg(long, value_name = "NAME=PATH[,ENGINE]")]
+    #[arg(long, value_name = "NAME=PATH")]
     also: Vec<String>,
     /// Only these of the systems: adit, sshd, and the names of --also.
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
