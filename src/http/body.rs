@@ -3,6 +3,7 @@
 //! keep the request's account honest about its end.
 
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -69,9 +70,10 @@ impl HttpBody for Upload {
                 self.tally.sent_up(frame.data_ref().map_or(0, Bytes::len));
                 Some(Ok(frame))
             }
-            Some(Err(_)) => {
-                self.tally.fail(Error::VisitorGone);
-                Some(Err(Error::VisitorGone))
+            Some(Err(broken)) => {
+                let error = if is_malformed(&broken) { Error::BadRequest } else { Error::VisitorGone };
+                self.tally.fail(error);
+                Some(Err(error))
             }
             None => {
                 self.tally.sent_up(0);
@@ -87,6 +89,19 @@ impl HttpBody for Upload {
     fn size_hint(&self) -> SizeHint {
         self.incoming.as_ref().map_or(SizeHint::with_exact(0), Incoming::size_hint)
     }
+}
+
+/// Whether a body ended because it is not framed as it says (chunks of HTTP/1.1),
+/// and not because its sender is gone.
+fn is_malformed(error: &hyper::Error) -> bool {
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            return matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData);
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// An answer's body on its way to the visitor. Dropping it ends the request.

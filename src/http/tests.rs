@@ -1060,6 +1060,29 @@ async fn a_chunk_that_lies_ends_the_request_on_both_sides() {
     assert_eq!(world.records(1).await.len(), 1);
 }
 
+#[tokio::test]
+async fn a_chunk_that_lies_is_the_visitors_fault() {
+    let world = World::new(HttpSettings::default(), |mut io| async move {
+        let _ = io.read_to_end(&mut Vec::new()).await;
+    });
+    let head = "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let lies = [
+        "x\r\n",
+        "1\nb",
+        "1\r\nab\r\n",
+        "1;a\nb\r\nc\r\n0\r\n\r\n",
+        "1;a\0\r\nc\r\n0\r\n\r\n",
+        "1;a\r\0\nc\r\n0\r\n\r\n",
+        "0\r\nX: a\nY: b",
+        "0\r\n\n",
+    ];
+    for lie in lies {
+        let answer = world.ask(&format!("{head}{lie}")).await;
+        assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("connection: close"), "{lie:?}: {answer}");
+    }
+    assert!(world.records(lies.len()).await.iter().all(|visit| visit.error == Some(Error::BadRequest)));
+}
+
 /// Origins whose connections live on: `answer` makes of each head what to say,
 /// and of its number on that connection; an empty answer ends it.
 fn lasting(answer: impl Fn(usize, usize, &str) -> String + Send + Sync + 'static) -> (World, Arc<AtomicUsize>) {
