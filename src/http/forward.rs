@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
-    CONTENT_LENGTH, EXPECT, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, STRICT_TRANSPORT_SECURITY, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
+    STRICT_TRANSPORT_SECURITY, UPGRADE,
 };
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
@@ -17,6 +18,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::answer::{self, Asker, Form};
 use super::body::{Body, Upload};
 use super::forwarded::{self, Asked};
+use super::framing;
 use super::headers::{self, Authority, Rewrite};
 use super::origin_tls;
 use super::origins::{Key, Origin};
@@ -83,6 +85,8 @@ impl<D: Dial> Http<D> {
         record.id = Some(id.clone());
         record.legs.tls = connection.via.tls.as_ref().map(|tls| tls.took);
         let grpc = headers::grpc(&parts.headers).cloned();
+        let mut upgrades = parts.headers.get_all(UPGRADE).iter();
+        let unguarded = version < Version::HTTP_2 && upgrades.any(|u| framing::may_switch(u.as_bytes()));
         let asker = Asker {
             method: &method,
             version,
@@ -102,6 +106,9 @@ impl<D: Dial> Http<D> {
             && connection.via.tls.is_some()
         {
             answer.response.headers_mut().entry(STRICT_TRANSPORT_SECURITY).or_insert_with(|| hsts.value().clone());
+        }
+        if unguarded && answer.switch.is_none() {
+            answer.response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         record.status = Some(answer.response.status().as_u16());
         let pulse = &connection.pulse;

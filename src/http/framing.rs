@@ -58,6 +58,7 @@ enum Field {
     Other,
     ContentLength,
     TransferEncoding,
+    Upgrade,
 }
 
 impl Default for Framing {
@@ -169,10 +170,7 @@ impl Framing {
         self.head.field = match self.head.text.as_slice() {
             b"content-length" => Field::ContentLength,
             b"transfer-encoding" => Field::TransferEncoding,
-            b"upgrade" => {
-                self.head.upgrade = true;
-                Field::Other
-            }
+            b"upgrade" => Field::Upgrade,
             _ => Field::Other,
         };
         self.head.text.clear();
@@ -220,7 +218,8 @@ impl Head {
     /// once, and the only coding that can be undone here.
     fn line_end(&mut self) -> Option<()> {
         let value = self.text.trim_ascii();
-        if self.field != Field::Other && self.text.len() > VALUE_MAX {
+        let framing = matches!(self.field, Field::ContentLength | Field::TransferEncoding);
+        if framing && self.text.len() > VALUE_MAX {
             return None;
         }
         match self.field {
@@ -239,12 +238,20 @@ impl Head {
             }
             // Framing that comes after the body is nobody's.
             Field::ContentLength | Field::TransferEncoding => return None,
+            Field::Upgrade => self.upgrade |= may_switch(value),
             Field::Other => {}
         }
         self.text.clear();
         self.field = Field::Other;
         Some(())
     }
+}
+
+/// Whether what follows a request that has this `Upgrade` may not be HTTP/1, and so
+/// is not looked at: where no switch follows, the connection must end. `h2c` is
+/// never passed on, and some clients ask for it in each request.
+pub fn may_switch(upgrade: &[u8]) -> bool {
+    !upgrade.trim_ascii().eq_ignore_ascii_case(b"h2c")
 }
 
 /// RFC 9110 §5.6.2 `tchar`.
@@ -273,6 +280,7 @@ mod tests {
             "POST / HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n5;a=\"b\"\r\n\n\0\r\n#\r\n0a\r\n0123456789\r\n000\r\nX-Sum: 1\r\n\r\nGET / HTTP/1.1\r\n",
             "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx",
             "GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n\0\n\r\r",
+            "GET / HTTP/1.1\r\nUpgrade: a-protocol-with-quite-a-long-name-of-its-own\r\n\r\n\0\n\r\r",
         ] {
             assert_eq!(refused(text), None, "{text:?}");
         }
@@ -301,6 +309,7 @@ mod tests {
             "GET / HTTP/1.1\r\n: a\r\n\r\n",
             "GET / HTTP/1.1\r\nno colon\r\n\r\n",
             "GET /#x HTTP/1.1\r\n\r\n",
+            "GET / HTTP/1.1\r\nUpgrade: h2c\r\n\r\nGET / HTTP/1.1\nHost: a\n\n",
             &long,
         ] {
             let at = refused(text).unwrap_or_else(|| panic!("{text:?} passed"));

@@ -1083,6 +1083,22 @@ async fn a_chunk_that_lies_is_the_visitors_fault() {
     assert!(world.records(lies.len()).await.iter().all(|visit| visit.error == Some(Error::BadRequest)));
 }
 
+#[tokio::test]
+async fn what_follows_an_upgrade_that_was_not_made_is_no_request() {
+    let world = World::echo(|_| ok("no"));
+    for (upgrade, answers) in [("x", 1), ("websocket", 1), ("h2c", 2)] {
+        // The second says two things of its body's end.
+        let first = get("a.test", &format!("Connection: Upgrade\r\nUpgrade: {upgrade}\r\n"));
+        let second =
+            "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n";
+        let answer = world.ask(&(first + second)).await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("connection: close"), "{upgrade}: {answer}");
+        assert_eq!(answer.matches("HTTP/1.1 ").count(), answers, "{upgrade}: {answer}");
+        assert_eq!(answer.matches("HTTP/1.1 400").count(), answers - 1, "{upgrade}: {answer}");
+    }
+    assert_eq!(world.visits.0.lock().iter().filter(|visit| visit.socket.is_some()).count(), 3);
+}
+
 /// Origins whose connections live on: `answer` makes of each head what to say,
 /// and of its number on that connection; an empty answer ends it.
 fn lasting(answer: impl Fn(usize, usize, &str) -> String + Send + Sync + 'static) -> (World, Arc<AtomicUsize>) {
