@@ -693,6 +693,25 @@ async fn the_origin_decides_whether_an_announced_body_is_sent() {
 }
 
 #[tokio::test]
+async fn an_announced_body_never_follows_an_answer() {
+    // An origin that takes what follows its answer for the next request.
+    let (world, connections) = lasting(|connection, number, head| {
+        let line = head.lines().next().unwrap_or_default();
+        ok(&format!("{connection}.{number} {line}"))
+    });
+    let body = "GET /hidden HTTP/1.1\r\nHost: a.test\r\n\r\n";
+    let mut io = world.plain();
+    let length = body.len();
+    let head = format!("POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: {length}\r\nExpect: 100-continue\r\n\r\n");
+    io.write_all((head + body).as_bytes()).await.unwrap();
+    assert!(read_until(&mut io, "0.0 POST / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
+    // Longer than a body waits for a 100.
+    tokio::time::sleep(HttpSettings::default().continue_wait + Duration::from_millis(200)).await;
+    assert_eq!(fetch(&world, "GET", "").await, "1.0 GET / HTTP/1.1");
+    assert_eq!(connections.load(SeqCst), 2);
+}
+
+#[tokio::test]
 async fn an_early_answer_reaches_a_visitor_who_is_still_sending() {
     let world = World::new(HttpSettings::default(), |mut io| async move {
         read_head(&mut io).await;
