@@ -7,7 +7,7 @@ use std::sync::Arc;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
     CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
-    STRICT_TRANSPORT_SECURITY, UPGRADE,
+    STRICT_TRANSPORT_SECURITY, TRANSFER_ENCODING, UPGRADE,
 };
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
@@ -378,6 +378,12 @@ impl<D: Dial> Http<D> {
             return Err(Error::OriginProtocol);
         }
         let (mut head, incoming) = response.into_parts();
+        // RFC 9112 §7: a coding that is not undone here would be lost with its field.
+        let undone =
+            |c: &HeaderValue| [&b"chunked"[..], b"identity"].iter().any(|u| c.as_bytes().eq_ignore_ascii_case(u));
+        if !head.headers.get_all(TRANSFER_ENCODING).iter().all(undone) {
+            return Err(Error::OriginProtocol);
+        }
         headers::rewrite_response(&mut head.headers, received);
         head.version = Version::HTTP_11;
         Ok(Response::from_parts(head, Body::origin(incoming, origin)).into())

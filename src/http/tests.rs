@@ -438,6 +438,15 @@ async fn an_event_arrives_before_the_origin_sends_the_next() {
 }
 
 #[tokio::test]
+async fn an_answer_in_a_coding_that_stays_on_is_none() {
+    for (coding, status) in [("chunked", "200"), ("identity", "200"), ("gzip, chunked", "502"), ("x", "502")] {
+        let world = World::echo(move |_| format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: {coding}\r\n\r\n0\r\n\r\n"));
+        let answer = world.ask(&get("a.test", "Connection: close\r\n")).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{coding}: {answer}");
+    }
+}
+
+#[tokio::test]
 async fn answers_without_a_body_keep_the_connection() {
     let world = World::echo(|head| {
         if head.starts_with("HEAD") {
