@@ -4,7 +4,7 @@
 use serde_json::{Map, Value};
 
 use crate::fields::{self, Field, Fields};
-use crate::http::framing::{Framing, Refused};
+use crate::http::framing::Framing;
 use crate::ingress::hello::{Hello, HelloSettings, Verdict, read};
 use crate::ingress::listener::TcpSettings;
 use crate::model::{
@@ -97,8 +97,8 @@ pub fn framing(bytes: &[u8]) {
     let mut before = 0;
     let mut split = Ok(());
     for piece in bytes.chunks(3) {
-        if let Err(refused) = pieces.read(piece) {
-            split = Err(Refused { at: before + refused.at, ..refused });
+        if let Err(at) = pieces.read(piece) {
+            split = Err(before + at);
             break;
         }
         before += piece.len();

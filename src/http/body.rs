@@ -6,6 +6,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -28,24 +29,62 @@ pub(super) struct Upload {
     /// Ready when the body may be sent: hyper says `100 Continue` to the visitor
     /// at the first poll of `incoming`.
     gate: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    announced: Option<Arc<Announced>>,
+}
+
+/// A body that waits for the origin's word (RFC 9110 §10.1.1): sent after a 100 or
+/// when none comes, and never after another answer, because an origin that has
+/// answered may take what comes for the next request.
+#[derive(Default)]
+pub(super) struct Announced {
+    go: CancellationToken,
+    decided: AtomicBool,
+}
+
+impl Announced {
+    /// The origin said 100.
+    pub(super) fn wanted(&self) {
+        self.go.cancel();
+    }
+
+    /// The origin answered: whether the body was not sent, which it never will be
+    /// then.
+    pub(super) fn withdraw(&self) -> bool {
+        !self.decided.swap(true, Ordering::SeqCst)
+    }
+
+    async fn wait(&self, wait: Duration) {
+        let _ = tokio::time::timeout(wait, self.go.cancelled()).await;
+        if self.decided.swap(true, Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 impl Upload {
     pub(super) fn new(incoming: Incoming, tally: Arc<Tally>, pulse: Arc<Pulse>) -> Self {
-        Self { incoming: Some(incoming), tally, pulse, gate: None }
+        Self { incoming: Some(incoming), tally, pulse, gate: None, announced: None }
     }
 
     /// The same without a body, of which there was none.
     pub(super) fn empty_again(&self) -> Self {
-        Self { incoming: None, tally: Arc::clone(&self.tally), pulse: Arc::clone(&self.pulse), gate: None }
+        let (tally, pulse) = (Arc::clone(&self.tally), Arc::clone(&self.pulse));
+        Self { incoming: None, tally, pulse, gate: None, announced: None }
     }
 
-    /// Keeps the body back until `go`, or until `wait` has passed: not every
-    /// origin says `100 Continue` (RFC 9110 §10.1.1).
-    pub(super) fn hold(&mut self, go: CancellationToken, wait: Duration) {
-        self.gate = Some(Box::pin(async move {
-            let _ = tokio::time::timeout(wait, go.cancelled()).await;
-        }));
+    /// Keeps the body back until the origin wants it, or until `wait` has passed:
+    /// not every origin says `100 Continue`.
+    pub(super) fn hold(&mut self, wait: Duration) -> Arc<Announced> {
+        let announced = Arc::<Announced>::default();
+        let held = Arc::clone(&announced);
+        self.gate = Some(Box::pin(async move { held.wait(wait).await }));
+        self.announced = Some(Arc::clone(&announced));
+        announced
+    }
+
+    /// What decides whether it is sent, where it is held back.
+    pub(super) fn announced(&self) -> Option<Arc<Announced>> {
+        self.announced.clone()
     }
 }
 

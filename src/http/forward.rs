@@ -7,13 +7,13 @@ use std::sync::Arc;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
     CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
-    STRICT_TRANSPORT_SECURITY, UPGRADE,
+    STRICT_TRANSPORT_SECURITY, TRANSFER_ENCODING, UPGRADE,
 };
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::time::Instant;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::DropGuard;
 
 use super::answer::{self, Asker, Form};
 use super::body::{Body, Upload};
@@ -236,13 +236,11 @@ impl<D: Dial> Http<D> {
         if deaf {
             return;
         }
-        let go = request.headers().contains_key(EXPECT).then(CancellationToken::new);
-        if let Some(go) = &go {
-            request.body_mut().hold(go.clone(), self.settings.continue_wait);
-        }
+        let announced = request.headers().contains_key(EXPECT);
+        let announced = announced.then(|| request.body_mut().hold(self.settings.continue_wait));
         let pulse = Arc::clone(pulse);
-        hyper::ext::on_informational(request, move |interim| match (interim.status(), &go) {
-            (StatusCode::CONTINUE, Some(go)) => go.cancel(),
+        hyper::ext::on_informational(request, move |interim| match (interim.status(), &announced) {
+            (StatusCode::CONTINUE, Some(announced)) => announced.wanted(),
             (StatusCode::CONTINUE, None) => {}
             (status, _) => pulse.interim(&headers::interim(status, interim.headers())),
         });
@@ -317,7 +315,7 @@ impl<D: Dial> Http<D> {
         record: &mut Record,
     ) -> Result<Answer, Error> {
         record.place = Some(self.dialer.admit(route)?);
-        let again = again(&request);
+        let (again, announced) = (again(&request), request.body().announced());
         let by = By::Any { repeatable: again.is_some() };
         // An upgrade is HTTP/1.1's alone.
         let http2 = route.socket.upstream.http2 && !request.headers().contains_key(UPGRADE);
@@ -336,6 +334,9 @@ impl<D: Dial> Http<D> {
             }
         };
         record.answered();
+        if announced.is_some_and(|announced| announced.withdraw()) {
+            origin.serves_no_more();
+        }
         // HTTP/2 streams share a visitor's connection, and so cannot own another.
         let owner = Some(connection).filter(|c| c.via.protocol == Protocol::Http1);
         origin.learn(response.headers(), owner);
@@ -377,6 +378,12 @@ impl<D: Dial> Http<D> {
             return Err(Error::OriginProtocol);
         }
         let (mut head, incoming) = response.into_parts();
+        // RFC 9112 §7: a coding that is not undone here would be lost with its field.
+        let undone =
+            |c: &HeaderValue| [&b"chunked"[..], b"identity"].iter().any(|u| c.as_bytes().eq_ignore_ascii_case(u));
+        if !head.headers.get_all(TRANSFER_ENCODING).iter().all(undone) {
+            return Err(Error::OriginProtocol);
+        }
         headers::rewrite_response(&mut head.headers, received);
         head.version = Version::HTTP_11;
         Ok(Response::from_parts(head, Body::origin(incoming, origin)).into())

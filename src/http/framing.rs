@@ -40,15 +40,6 @@ enum At {
     Refused,
 }
 
-/// Where a message stops being clear.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refused {
-    /// The index of the first byte after which it is not.
-    pub at: usize,
-    /// What hyper refuses in that byte's place.
-    pub instead: u8,
-}
-
 /// What the head so far says about what follows it.
 #[derive(Debug, Clone, Default)]
 struct Head {
@@ -77,13 +68,12 @@ impl Default for Framing {
 }
 
 impl Framing {
-    /// Reads on, up to the first byte after which the message is not clear;
-    /// nothing after it is looked at.
+    /// Reads on. The first byte after which the message is not clear, by its
+    /// index in `bytes`; nothing after it is looked at.
     ///
     /// # Errors
-    /// That byte's place in `bytes`. Where it is in a head, the head is not
-    /// complete yet.
-    pub fn read(&mut self, bytes: &[u8]) -> Result<(), Refused> {
+    /// That index. Where it is in a head, the head is not complete yet.
+    pub fn read(&mut self, bytes: &[u8]) -> Result<(), usize> {
         let mut rest = bytes;
         while let Some((byte, after)) = rest.split_first() {
             // Bodies are skipped, not read.
@@ -106,11 +96,8 @@ impl Framing {
                 continue;
             }
             if self.step(*byte).is_none() {
-                // A NUL is good nowhere, but that a chunk's extension is not looked at:
-                // there it is the line end without its CR.
-                let instead = if matches!(self.at, At::Extension { .. }) && !self.cr { b'\n' } else { 0 };
                 self.at = At::Refused;
-                return Err(Refused { at: bytes.len() - rest.len(), instead });
+                return Err(bytes.len() - rest.len());
             }
             rest = after;
         }
@@ -278,7 +265,7 @@ mod tests {
 
     /// The index of the refused byte, found the same at every split.
     fn refused(text: &str) -> Option<usize> {
-        let whole = Framing::default().read(text.as_bytes()).err().map(|refused| refused.at);
+        let whole = Framing::default().read(text.as_bytes()).err();
         let mut one_by_one = Framing::default();
         let single = (0..text.len()).find(|i| one_by_one.read(&text.as_bytes()[*i..=*i]).is_err());
         assert_eq!(whole, single, "{text:?}");

@@ -28,6 +28,8 @@ pub(super) struct VisitorIo {
     stream: Option<Stream>,
     /// Guards what is read, where it is HTTP/1.
     framing: Option<Framing>,
+    /// It found what is not clear: nothing is read from there on.
+    refused: bool,
     pulse: Arc<Pulse>,
     tracker: TaskTracker,
     linger: Duration,
@@ -52,6 +54,7 @@ impl VisitorIo {
         Self {
             stream: Some(stream),
             framing,
+            refused: false,
             pulse,
             tracker,
             linger,
@@ -109,6 +112,9 @@ impl AsyncRead for VisitorIo {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         // Whatever comes of it, the next write or read goes on with it.
         let _ = self.poll_interim(cx);
+        if self.refused {
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        }
         let before = buf.filled().len();
         let read = if self.ended { Ok(()) } else { ready!(self.stream()?.poll_read(cx, buf)) };
         if let Err(error) = read {
@@ -118,12 +124,15 @@ impl AsyncRead for VisitorIo {
         if let Some(read) = buf.filled_mut().get_mut(before..).filter(|read| !read.is_empty()) {
             self.pulse.received();
             if let Some(framing) = &mut self.framing
-                && let Err(refused) = framing.read(read)
-                && let Some(unclear) = read.get_mut(refused.at)
+                && let Err(at) = framing.read(read)
+                && let Some(unclear) = read.get_mut(at)
             {
-                // hyper refuses the head (with a 400) or the chunk that it is in, in
-                // place of what it would have made of it.
-                *unclear = refused.instead;
+                // A NUL is good in no head: hyper answers it with a 400, in place of
+                // what it would have made of it. Some of what frames a chunk it does
+                // not look at, but there the body breaks off by the next read.
+                *unclear = 0;
+                self.refused = true;
+                buf.set_filled(before + at + 1);
             }
         } else {
             self.ended = true;

@@ -423,6 +423,11 @@ impl Origin {
         }
     }
 
+    /// Where this request ends on it is not agreed on: it serves no other one.
+    pub(super) fn serves_no_more(&mut self) {
+        self.idle = Duration::ZERO;
+    }
+
     /// The request is answered in full: waits for the next one.
     pub(super) fn give_back(mut self) {
         let Requests::One(requests, _) = &self.requests else { return };

@@ -438,6 +438,15 @@ async fn an_event_arrives_before_the_origin_sends_the_next() {
 }
 
 #[tokio::test]
+async fn an_answer_in_a_coding_that_stays_on_is_none() {
+    for (coding, status) in [("chunked", "200"), ("identity", "200"), ("gzip, chunked", "502"), ("x", "502")] {
+        let world = World::echo(move |_| format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: {coding}\r\n\r\n0\r\n\r\n"));
+        let answer = world.ask(&get("a.test", "Connection: close\r\n")).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{coding}: {answer}");
+    }
+}
+
+#[tokio::test]
 async fn answers_without_a_body_keep_the_connection() {
     let world = World::echo(|head| {
         if head.starts_with("HEAD") {
@@ -690,6 +699,25 @@ async fn the_origin_decides_whether_an_announced_body_is_sent() {
     assert_eq!(read_head(&mut io).await, "HTTP/1.1 100 Continue\r\n\r\n");
     io.write_all(b"hello").await.unwrap();
     assert!(read_until(&mut io, "hello").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn an_announced_body_never_follows_an_answer() {
+    // An origin that takes what follows its answer for the next request.
+    let (world, connections) = lasting(|connection, number, head| {
+        let line = head.lines().next().unwrap_or_default();
+        ok(&format!("{connection}.{number} {line}"))
+    });
+    let body = "GET /hidden HTTP/1.1\r\nHost: a.test\r\n\r\n";
+    let mut io = world.plain();
+    let length = body.len();
+    let head = format!("POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: {length}\r\nExpect: 100-continue\r\n\r\n");
+    io.write_all((head + body).as_bytes()).await.unwrap();
+    assert!(read_until(&mut io, "0.0 POST / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
+    // Longer than a body waits for a 100.
+    tokio::time::sleep(HttpSettings::default().continue_wait + Duration::from_millis(200)).await;
+    assert_eq!(fetch(&world, "GET", "").await, "1.0 GET / HTTP/1.1");
+    assert_eq!(connections.load(SeqCst), 2);
 }
 
 #[tokio::test]
@@ -1073,7 +1101,8 @@ async fn a_chunk_that_lies_is_the_visitors_fault() {
         "1;a\nb\r\nc\r\n0\r\n\r\n",
         "1;a\0\r\nc\r\n0\r\n\r\n",
         "1;a\r\0\nc\r\n0\r\n\r\n",
-        "0\r\nX: a\nY: b\r\n\r\n",
+        "0\r\nX: a\nY: b",
+        "0\r\n\n",
     ];
     for lie in lies {
         let answer = world.ask(&format!("{head}{lie}")).await;
