@@ -230,6 +230,9 @@ async fn answer(mut request: Request<Incoming>) -> Result<Response<Body>, Infall
     Ok(match path.split('/').nth(1).unwrap_or_default() {
         "" => text("hello from the origin\n".into()),
         "bytes" => {
+            // An end that comes in a frame of its own too: with it unread, hyper ends the
+            // connection behind the answer, and the kernel's reset takes the answer's end.
+            while request.body_mut().frame().await.is_some() {}
             let mut answer = Response::new(pattern_body(number()));
             answer.headers_mut().insert("content-length", HeaderValue::from(number()));
             answer
