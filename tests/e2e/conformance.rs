@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::harness::*;
@@ -175,21 +176,38 @@ async fn a_browser_loads_a_page_with_a_hundred_assets_without_an_error() {
         let mut command = Command::new("chromium");
         command.args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"]);
         command.args(["--disable-background-networking", "--disable-component-update", "--disable-sync"]);
-        command.args(["--ignore-certificate-errors", "--virtual-time-budget=20000"]);
+        command.arg("--ignore-certificate-errors");
         command.arg(format!("--host-resolver-rules=MAP web.edge.localhost {}", page.node.ip));
         command.arg(format!("--user-data-dir={}", dir.path().display())).arg(&url);
         let said = page.said_by(command).await;
         let line = said.lines().find(|line| line.contains("id=\"said\"")).unwrap_or(&said);
         assert!(line.contains("loaded 100 failed 0") && line.contains(&format!("over {over}")), "{url}: {line}");
+        assert!(line.contains("echoed 3 closed 1000"), "{url}: {line}");
+    }
+    // The first one's WebSocket was a stream of its HTTP/2 connection (RFC 8441).
+    for method in ["CONNECT", "GET"] {
+        let visit = format!("what={method} web.edge.localhost/echo");
+        eventually("the WebSocket's record", async || page.node.log().contains(&visit).then_some(())).await;
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_websocket_behaves_through_the_edge_as_it_does_directly() {
+/// Plays every check over a socket of this type, for visitors with and without TLS.
+async fn websocket_checks(kind: &str) {
     let node = Node::start().await;
+    let upstream = json!({"tls": {"verify": false}});
+    node.put("sockets/web", json!({"type": kind, "hostnames": ["web.edge.localhost"], "upstream": upstream})).await;
+    node.put("tunnels/web-1", json!({"socket": "web", "keys": [node.key.line()]})).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (key, chain) = (dir.path().join("key.pem"), dir.path().join("chain.pem"));
+    let made = rcgen::generate_simple_self_signed(["echo.test".to_owned()]).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    std::fs::write(&chain, made.cert.pem()).unwrap();
     for scheme in ["wss", "ws"] {
         let mut command = Command::new(root("target/venv/bin/python"));
         command.arg(root("tests/e2e/clients/websocket_checks.py"));
+        if kind == "https" {
+            command.args([&key, &chain]);
+        }
         let mut checks = Program::start("the checks", command);
         let port: u16 = eventually("the echo's port", async || {
             assert!(checks.runs(), "{}", checks.output());
@@ -203,8 +221,21 @@ async fn a_websocket_behaves_through_the_edge_as_it_does_directly() {
         checks.wait_for("done", 1, DEADLINE * 4).await;
         let said = checks.output();
         let same = said.lines().filter(|line| line.starts_with("same ")).count();
-        assert!(same >= 54 && !said.contains("DIFFERS"), "{said}");
+        eprintln!("{kind}, {scheme}: {same} alike");
+        assert!(same >= 80 && !said.contains("DIFFERS"), "{said}");
+        // What was right of itself: sizes up to 16 MiB, texts, fragments.
+        assert!(!said.contains("False") && !said.contains("TimeoutError"), "{said}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_behaves_through_the_edge_as_it_does_directly() {
+    websocket_checks("http").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_of_an_origin_with_tls_behaves_as_it_does_directly() {
+    websocket_checks("https").await;
 }
 
 /// The time of each of so many small requests, one after another on one
@@ -232,22 +263,27 @@ async fn small_requests(node: &Node, count: usize) -> Vec<Duration> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_attackers_hold_up_nobody() {
-    // Short enough that attackers are let go within the test.
-    let opts = NodeOpts::default().set("http", "head_deadline = \"8s\"").set("hello", "deadline = \"8s\"");
+    // Short enough that attackers are let go within the test; in the long form they
+    // stay as long as they are measured.
+    let deadline = format!("deadline = \"{}s\"", size(60, 8));
+    let opts = NodeOpts::default().set("http", &format!("head_{deadline}")).set("hello", &deadline);
     let node = Node::with(opts).await;
     let origin = Origin::http().await;
     let _ssh = Ssh::start(&node, &[&format!("web:80:{}", origin.target())]).await;
     let connections = size(500, 100);
-    // The best of some rounds: other programs of this machine are no attackers.
+    let held = r#"adit_visitors{door="http"}"#;
+    // The best of some rounds: other programs of this machine are no attackers. And
+    // how many of those there were in each at least.
     let p99 = async || {
-        let mut best = Duration::MAX;
+        let (mut best, mut least) = (Duration::MAX, f64::MAX);
         for _ in 0..size(4, 1) {
             best = best.min(small_requests(&node, 1000).await[990]);
+            least = least.min(node.metric(held).await);
         }
-        best
+        (best, least)
     };
     small_requests(&node, 200).await;
-    let quiet = p99().await;
+    let (quiet, _) = p99().await;
     let before = node.usage().memory;
     eprintln!("quiet: p99 {quiet:?}");
     for (name, how) in [
@@ -263,21 +299,20 @@ async fn slow_attackers_hold_up_nobody() {
         };
         // By absolute form, as to a proxy: the tool has no way to say Host.
         attack.args(how).args(["-c", &connections.to_string(), "-r", "250", "-p", "5"]);
-        attack.args(["-l", &size(30, 12).to_string()]);
+        attack.args(["-l", &size(40, 12).to_string()]);
         attack.args(["-d", &node.addr("http").to_string(), "-u", &format!("http://web.edge.localhost{path}")]);
         let mut attack = Program::start("slowhttptest", attack);
-        let held = r#"adit_visitors{door="http"}"#;
         eventually("the attackers", async || (node.metric(held).await >= connections as f64 * 0.95).then_some(()))
             .await;
-        let busy = p99().await;
+        let (busy, there) = p99().await;
         let grown = node.usage().memory.saturating_sub(before);
-        let there = node.metric(held).await;
         let each = grown / connections;
         eprintln!("{name}: p99 {busy:?}, {there} inside, {} KiB each", each >> 10);
         // What tunnels may hold (ssh.tunnel_buffer), and both of hyper's buffers.
         let bound = (64 << 20) + connections * (384 << 10);
         assert!(grown < bound, "{name}: {} MiB more", grown >> 20);
         if std::env::var_os("ADIT_LONG").is_some() {
+            assert!(there >= connections as f64 * 0.95, "{name}: {there} inside");
             assert!(busy <= quiet * 2, "{name}: p99 {busy:?}, quiet {quiet:?}");
         }
         attack.ended(DEADLINE * 4).await;

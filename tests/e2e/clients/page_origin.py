@@ -3,23 +3,39 @@
 Prints `port N`; serves HTTP/1.1 until its standard input ends.
 """
 
+import base64
+import hashlib
 import http.server
 import queue
 import sys
 import threading
+import time
 import urllib.parse
 
 ASSETS = 100
 heard = queue.Queue()
+echoed = threading.Event()
 
 PAGE = """<!doctype html><html><head><meta charset="utf-8"><title>page</title></head><body>
 <p id="said">waiting</p>
 <script>
 let loaded = 0, failed = 0;
 const tell = () => {
-  if (loaded + failed === %d)
-    document.getElementById('said').textContent = 'loaded ' + loaded + ' failed ' + failed + ' over ' + [...new Set(
-      performance.getEntriesByType('resource').map(e => e.nextHopProtocol))].join(' ');
+  if (loaded + failed !== %d) return;
+  const said = document.getElementById('said');
+  said.textContent = 'loaded ' + loaded + ' failed ' + failed + ' over ' + [...new Set(
+    performance.getEntriesByType('resource').map(e => e.nextHopProtocol))].join(' ');
+  const messages = ['a', 'ü€😀', 'x'.repeat(100000)];
+  const socket = new WebSocket(location.href.replace('http', 'ws') + 'echo');
+  let right = 0;
+  socket.onopen = () => messages.forEach(m => socket.send(m));
+  socket.onmessage = e => {
+    right += e.data === messages[right];
+    if (right === messages.length) socket.close(1000, 'thanks');
+  };
+  socket.onclose = e => said.textContent += ' echoed ' + right + ' closed ' + e.code;
+  // The page is not loaded, and so not told, before this has ended.
+  document.body.append(Object.assign(new Image(), {src: '/echoed'}));
 };
 </script>
 %s
@@ -71,11 +87,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.say("text/css", b"/*" + b"x" * size + b"*/")
         elif path == "/events":
             self.events()
+        elif path == "/echo":
+            self.echo()
+        elif path == "/echoed":
+            echoed.wait(10)
+            # The close is on its way back.
+            time.sleep(0.5)
+            echoed.clear()
+            self.say("text/plain", b"ok")
         elif path.startswith("/heard/"):
             heard.put(path)
             self.say("text/plain", b"ok")
         else:
             self.send_error(404)
+
+    def echo(self):
+        """A WebSocket that sends back what comes (RFC 6455)."""
+        key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        self.send_response(101)
+        self.send_header("Upgrade", "websocket")
+        self.send_header("Connection", "Upgrade")
+        self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+        self.end_headers()
+        self.close_connection = True
+        while head := self.rfile.read(2):
+            length = head[1] & 0x7F
+            more = self.rfile.read({126: 2, 127: 8}.get(length, 0))
+            length = int.from_bytes(more, "big") if more else length
+            mask = self.rfile.read(4)
+            data = bytes(b ^ mask[i % 4] for i, b in enumerate(self.rfile.read(length)))
+            self.wfile.write(bytes([head[0], head[1] & 0x7F]) + more + data)
+            if head[0] & 0xF == 8:
+                echoed.set()
+                return
 
     def events(self):
         """The next event is sent when the one before was heard."""

@@ -1,7 +1,8 @@
 """A WebSocket echo behaves through the edge as it does directly.
 
-Prints `port N` of the echo; a line `URL CA NODE_ADDRESS` on standard input
-plays every check directly and through the edge, and prints what differs.
+Prints `port N` of the echo, which speaks TLS where a key and a chain are given; a
+line `URL CA NODE_ADDRESS` on standard input plays every check directly and
+through the edge, and prints what differs.
 """
 
 import asyncio
@@ -101,6 +102,38 @@ async def byte_by_byte(ws):
     return await asyncio.wait_for(ws.recv(), 15)
 
 
+async def fragments_within_a_character(ws):
+    euro = "€".encode()
+    await raw(ws, masked(0x01, euro[:1]), masked(0x00, euro[1:2]), masked(0x80, euro[2:]))
+    return await asyncio.wait_for(ws.recv(), 15)
+
+
+async def many_fragments(ws):
+    pieces = [bytes([n % 256]) * 4096 for n in range(4096)]
+    await ws.send(pieces)
+    return await asyncio.wait_for(ws.recv(), 60) == b"".join(pieces)
+
+
+async def many_messages(ws):
+    async def send():
+        for n in range(2000):
+            await ws.send(f"{n} " + "y" * (n % 300))
+    sending = asyncio.create_task(send())
+    got = [int((await asyncio.wait_for(ws.recv(), 15)).split()[0]) for _ in range(2000)]
+    await sending
+    return got == list(range(2000))
+
+
+async def data_after_close(ws):
+    await raw(ws, masked(0x88, (1000).to_bytes(2, "big")), masked(0x81, b"late"))
+    return await ended(ws)
+
+
+async def close_without_a_code(ws):
+    await raw(ws, masked(0x88, b""))
+    return await ended(ws)
+
+
 async def pings(ws):
     for payload in [b"", b"x" * 125]:
         await asyncio.wait_for(await ws.ping(payload), 15)
@@ -136,6 +169,7 @@ def wrong(name, *frames):
 
 CHECKS = [
     sizes, texts, fragments, fragments_down, ping_between_fragments, byte_by_byte, pings,
+    fragments_within_a_character, many_fragments, many_messages, data_after_close, close_without_a_code,
     closing(1000), closing(1001), closing(3000), closing(4999), closed_by_the_origin, origin_vanishes,
     wrong("invalid UTF-8", masked(0x81, b"\xce\xba\xe1\xbd\xb9\xcf\x83\xce\xbc\xce\xb5\xed\xa0\x80")),
     wrong("invalid UTF-8 in a fragment", masked(0x01, b"ok"), masked(0x80, b"\xff")),
@@ -148,7 +182,7 @@ CHECKS = [
     wrong("text within fragments", masked(0x01, b"a"), masked(0x81, b"b")),
     wrong("unmasked", b"\x81\x01x"),
     wrong("close of one byte", masked(0x88, b"\x03")),
-    wrong("close with a bad code", masked(0x88, (1005).to_bytes(2, "big"))),
+    *[wrong(f"close with {code}", masked(0x88, code.to_bytes(2, "big"))) for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535]],
     wrong("close with bad UTF-8", masked(0x88, (1000).to_bytes(2, "big") + b"\xff")),
     wrong("more than the echo takes", masked(0x82, b"", length=LIMIT * 2)),
 ]
@@ -168,14 +202,20 @@ async def play(connect):
 
 
 async def main():
-    async with server.serve(echo, "127.0.0.1", 0, max_size=LIMIT, subprotocols=["chat"]) as listening:
+    tls, trusts = None, {}
+    if sys.argv[1:]:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(sys.argv[2], sys.argv[1])
+        trusts = dict(ssl=ssl.create_default_context(cafile=sys.argv[2]), server_hostname="echo.test")
+    async with server.serve(echo, "127.0.0.1", 0, ssl=tls, max_size=LIMIT, subprotocols=["chat"]) as listening:
         port = listening.sockets[0].getsockname()[1]
         print(f"port {port}", flush=True)
         url, ca, address = (await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)).split()
         options = dict(max_size=LIMIT, subprotocols=["chat"], open_timeout=15, close_timeout=10, proxy=None)
 
         def directly(compression):
-            return client.connect(f"ws://127.0.0.1:{port}/", compression=compression, **options)
+            scheme = "wss" if trusts else "ws"
+            return client.connect(f"{scheme}://127.0.0.1:{port}/", compression=compression, **trusts, **options)
 
         def through(compression):
             host, node_port = address.rsplit(":", 1)
