@@ -137,6 +137,30 @@ impl Fields {
         Fields { path: self.at(key), map, known: Vec::new(), gathered: Rc::clone(&self.gathered) }
     }
 
+    /// The tables of the list at `key`, none where absent.
+    pub fn tables(&mut self, key: &str) -> Vec<Fields> {
+        self.known.push(key.to_owned());
+        let list = match self.map.remove(key) {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::Array(list)) => list,
+            Some(other) => {
+                self.mistake(key, format!("is {}, not a list", kind(&other)), "write a list of tables".into());
+                Vec::new()
+            }
+        };
+        let mut tables = Vec::with_capacity(list.len());
+        for (i, item) in list.into_iter().enumerate() {
+            let path = format!("{}[{i}]", self.at(key));
+            match item {
+                Value::Object(map) => {
+                    tables.push(Fields { path, map, known: Vec::new(), gathered: Rc::clone(&self.gathered) });
+                }
+                other => self.mistake(&format!("{key}[{i}]"), format!("is {}", kind(&other)), "write a table".into()),
+            }
+        }
+        tables
+    }
+
     /// Whether `key` is present and has not been taken yet.
     pub fn has(&self, key: &str) -> bool {
         self.map.contains_key(key)

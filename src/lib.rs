@@ -40,6 +40,7 @@ pub mod header_rules; // what a socket changes in heads
 pub mod limits; // counts that end
 pub mod metrics;
 pub mod model; // base: plain values
+pub mod password; // hashed and checked
 pub mod proxy_protocol; // whom a connection is from
 pub mod secret_file; // files that hold secrets
 pub mod stream; // a visitor's or origin's bytes
@@ -47,8 +48,10 @@ pub mod tls; // certificates by name, handshakes
 pub mod visit_log; // the record of a visit
 
 pub mod dial; // the way to an origin
+pub mod gate; // whether they may pass
 pub mod http; // requests
 pub mod ingress; // a visitor comes in: begin here
+pub mod logins; // what logins rest on
 pub mod relay; // bytes both ways
 pub mod routes; // which socket, which tunnels
 pub mod ssh; // the SSH engine
@@ -71,13 +74,15 @@ mod tests {
     /// Who may import whom; `base` may import only `base`.
     const MAY_IMPORT: &[(&str, &[&str])] = &[
         ("routes", &[]),
-        ("feed", &["routes"]), // the follower writes the table
+        ("logins", &[]),
+        ("feed", &["routes", "logins"]), // the follower writes the tables
         ("relay", &[]),
         ("ssh", &[]),
         ("tunnel", &["ssh", "routes", "feed"]),
+        ("gate", &["feed", "logins", "routes"]),
         ("dial", &["routes", "tunnel"]),
-        ("http", &["routes", "dial", "relay"]),
-        ("ingress", &["routes", "dial", "http", "relay", "tunnel"]),
+        ("http", &["routes", "gate", "dial", "relay"]),
+        ("ingress", &["routes", "gate", "dial", "http", "relay", "tunnel"]),
         ("control", &["feed", "routes", "tunnel"]),
     ];
     const BASE: &[&str] = &[
@@ -88,6 +93,7 @@ mod tests {
         "error",
         "stream",
         "limits",
+        "password",
         "secret_file",
         "visit_log",
         "metrics",

@@ -25,6 +25,7 @@ use crate::feed::records::{RecordSettings, Records};
 use crate::feed::store::Store;
 use crate::http::{Http, HttpSettings};
 use crate::ingress::{self, Door, Ingress, Ports, listener};
+use crate::logins::Logins;
 use crate::metrics::Exporter;
 use crate::routes::Routes;
 use crate::secret_file;
@@ -121,7 +122,9 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let routes = Arc::new(Routes::default());
     let knobs = RecordSettings { ports: config.ingress.ports, domain: config.node.domain.clone() };
     let records = Arc::new(Records::new(Arc::clone(&feed), knobs));
-    let (follower, following) = Follower::new(Arc::clone(&feed), Arc::clone(&routes), Arc::clone(&certificates) as _);
+    let logins = Arc::<Logins>::default();
+    let shown = Arc::clone(&certificates) as _;
+    let (follower, following) = Follower::new(Arc::clone(&feed), Arc::clone(&routes), shown, Arc::clone(&logins));
     tasks.spawn(follower.run(stop.clone()));
     if !matches!(tokio::time::timeout(START_DEADLINE, following.wait_live()).await, Ok(true)) {
         return Err(Failure::Start(format!("the store was not read within {START_DEADLINE:?}")));

@@ -6,6 +6,7 @@ mod ops;
 mod problem;
 mod resources;
 mod routing;
+mod secrets;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -240,7 +241,7 @@ async fn dispatch(
     }
     routing::acceptable(request.headers(), route.produces)?;
     let id = id.as_deref().unwrap_or_default();
-    use crate::model::{Certificate, Socket, TicketKeys, Tunnel};
+    use crate::model::{Account, Certificate, Keyring, Provider, Revocation, Socket, TicketKeys, Tunnel};
     match route.endpoint {
         Endpoint::Sockets => resources::list::<Socket>(state, &request).await,
         Endpoint::Socket => resources::one::<Socket>(state, id, method, request).await,
@@ -250,6 +251,14 @@ async fn dispatch(
         Endpoint::Certificate => resources::one::<Certificate>(state, id, method, request).await,
         Endpoint::TicketKeysList => resources::list::<TicketKeys>(state, &request).await,
         Endpoint::TicketKeys => resources::one::<TicketKeys>(state, id, method, request).await,
+        Endpoint::Providers => resources::list::<Provider>(state, &request).await,
+        Endpoint::Provider => resources::one::<Provider>(state, id, method, request).await,
+        Endpoint::Accounts => resources::list::<Account>(state, &request).await,
+        Endpoint::Account => resources::one::<Account>(state, id, method, request).await,
+        Endpoint::Keyrings => resources::list::<Keyring>(state, &request).await,
+        Endpoint::Keyring => resources::one::<Keyring>(state, id, method, request).await,
+        Endpoint::Revocations => resources::list::<Revocation>(state, &request).await,
+        Endpoint::Revocation => resources::one::<Revocation>(state, id, method, request).await,
         Endpoint::Watch => watch::watch(state, &request, ends),
         Endpoint::Status => ops::status(state),
         Endpoint::Drain => ops::drain(state),

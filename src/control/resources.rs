@@ -1,5 +1,5 @@
-//! Sockets, tunnels, certificates and ticket keys: PUT, GET, DELETE and lists. A PUT takes
-//! back what a GET answered; lists leave out keys.
+//! Records of every kind: PUT, GET, DELETE and lists. A PUT takes back what a GET
+//! answered; lists leave out secrets; passwords and tokens are hashed on their way in.
 
 use std::future::Future;
 
@@ -11,10 +11,10 @@ use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
 
 use super::problem::Problem;
-use super::{Answer, Body, ControlState, json, routing};
-use crate::feed::records::{Condition, Record, RecordError, Records, Written};
+use super::{Answer, Body, ControlState, json, routing, secrets};
+use crate::feed::records::{Condition, Record, RecordError, Records, Written, without};
 use crate::fields::Mistake;
-use crate::model::{Certificate, Socket, TicketKeys, Tunnel};
+use crate::model::{Account, Certificate, Keyring, Provider, Revocation, Socket, TicketKeys, Tunnel};
 
 /// Records of a page where none is asked for, and at most.
 const PAGE: usize = 100;
@@ -38,7 +38,7 @@ pub(super) trait Resource: Record {
         let shown = self.shown(records);
         async move {
             let mut record = shown.await?;
-            record.retain(|field, _| !Self::SECRET.contains(&field.as_str()));
+            without(&mut record, Self::SECRET);
             Ok(record)
         }
     }
@@ -96,21 +96,37 @@ impl Resource for Certificate {
     }
 
     async fn delete(id: &Self::Id, records: &Records, condition: Condition, _: bool) -> Result<u64, RecordError> {
-        records.delete_certificate(id, condition).await
+        records.delete_unclaimed::<Self>(id, condition).await
     }
 }
 
-impl Resource for TicketKeys {
-    const PATH: &'static str = "/v1/ticket-keys";
+macro_rules! unclaimed {
+    ($($t:ty => $path:literal),*) => {$(
+        impl Resource for $t {
+            const PATH: &'static str = $path;
 
-    async fn put(self, records: &Records, condition: Condition) -> Result<Written<Self>, RecordError> {
-        records.put_ticket_keys(self, condition).await
-    }
+            async fn put(self, records: &Records, condition: Condition) -> Result<Written<Self>, RecordError> {
+                records.put_unclaimed(self, condition).await
+            }
 
-    async fn delete(id: &Self::Id, records: &Records, condition: Condition, _: bool) -> Result<u64, RecordError> {
-        records.delete_ticket_keys(id, condition).await
-    }
+            async fn delete(
+                id: &Self::Id,
+                records: &Records,
+                condition: Condition,
+                _: bool,
+            ) -> Result<u64, RecordError> {
+                records.delete_unclaimed::<Self>(id, condition).await
+            }
+        }
+    )*};
 }
+unclaimed!(
+    TicketKeys => "/v1/ticket-keys",
+    Provider => "/v1/providers",
+    Account => "/v1/accounts",
+    Keyring => "/v1/keyrings",
+    Revocation => "/v1/revocations"
+);
 
 /// GET of a collection.
 pub(super) async fn list<R: Resource>(state: &ControlState, request: &Request<Incoming>) -> Answer {
@@ -162,7 +178,8 @@ pub(super) async fn one<R: Resource>(
 async fn put<R: Resource>(state: &ControlState, id: &R::Id, request: Request<Incoming>) -> Answer {
     let [] = routing::query(request.uri().query(), [])?;
     let condition = routing::condition(request.headers())?;
-    let body = record_body(state, request).await?;
+    let mut body = record_body(state, request).await?;
+    secrets::hash(&state.records, R::key(id), &mut body).await?;
     let record = R::from_record(id, body).map_err(Problem::invalid)?;
     let written = record.put(&state.records, condition).await?;
     let shown = written.record.shown(&state.records).await?;

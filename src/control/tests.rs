@@ -44,7 +44,8 @@ async fn node(change: impl FnOnce(&mut ControlSettings)) -> Node {
     };
     let records = Arc::new(Records::new(store.clone(), ports));
     let routes = Arc::new(Routes::default());
-    let (follower, following) = Follower::new(store.clone(), routes.clone(), Arc::new(Remembered::default()));
+    let (follower, following) =
+        Follower::new(store.clone(), routes.clone(), Arc::new(Remembered::default()), Arc::default());
     let cancel = CancellationToken::new();
     tokio::spawn(follower.run(cancel.clone()));
     assert!(following.wait_live().await);
@@ -130,6 +131,79 @@ fn ticket_keys() -> String {
     serde_json::json!({"keys": [format!("{}=", "a".repeat(43))]}).to_string().replace("aaa=", "aaA=")
 }
 
+const PROVIDER: &str = r#"{"kind":"oidc","issuer":"https://id.test","client_id":"adit","client_secret":"hush"}"#;
+const ACCOUNT: &str = r#"{"email":"ann@example.com","password":"correct horse"}"#;
+const KEYRING: &str = r#"{"keys":[{"kid":"k1","secret":"MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="}]}"#;
+const GATED: &str = r#"{"type":"http","gate":{
+    "ip":{"allow":["10.0.0.0/8"],"deny":["10.9.9.9"]},
+    "basic":{"users":[{"name":"ann","password":"correct horse"}],"realm":"web"},
+    "oidc":{"providers":["corp"],"allow_emails":["Ann@Example.com"],"allow_email_domains":["*.example.com"],
+        "session":{"absolute":"1h","idle":"10m","issued_after":"2026-01-01T00:00:00Z"},"allow_origins":["https://a.test"]},
+    "service_tokens":[{"name":"ci","token":"0123456789abcdef0123456789abcdef","expires":"2030-01-01T00:00:00Z"}],
+    "rules":[{"path":"/public/","public":true},{"path":"/admin","users":["ann"],"allow_emails":["ann@example.com"]}]}}"#;
+
+#[tokio::test]
+async fn a_password_or_token_is_hashed_on_its_way_in_and_never_given_back() {
+    let node = node(|_| ()).await;
+    let gate = |reply: &Reply| reply.json()["gate"].clone();
+    let put = node.put("/v1/sockets/gated", GATED).await;
+    assert_eq!(put.status, 201, "{}", put.body);
+    let (user, token) = (&gate(&put)["basic"]["users"][0], &gate(&put)["service_tokens"][0]);
+    assert!(user["password_hash"].as_str().unwrap().starts_with("$argon2id$"), "{user}");
+    // `printf %s 0123456789abcdef0123456789abcdef | sha256sum`
+    assert_eq!(token["token_hash"], "sha256:3eb1bd439947eb762998e566ccc2e099c791118b2f40579cc4f7da2b5061b7f9");
+    node.put("/v1/accounts/ann", ACCOUNT).await;
+    let mut told = vec![put.body.clone()];
+    for path in ["/v1/sockets/gated", "/v1/sockets", "/v1/accounts/ann", "/v1/accounts"] {
+        told.push(node.get(path).await.body);
+    }
+    assert!(told.iter().all(|body| !body.contains("correct horse") && !body.contains("0123456789abcdef")), "{told:?}");
+    // Lists hold no hashes either, and a write of what one told loses nothing.
+    let listed = node.get("/v1/sockets").await.json()["items"][0].clone();
+    assert!(!listed.to_string().contains("_hash"), "{listed}");
+    let again = node.put("/v1/sockets/gated", &listed.to_string()).await;
+    assert_eq!((again.status, gate(&again)), (200, gate(&put)), "{}", again.body);
+    let renamed = GATED.replace(r#""name":"ann","password":"correct horse""#, r#""name":"bob""#);
+    let refused = node.put("/v1/sockets/gated", &renamed).await;
+    assert_eq!(refused.status, 400);
+    assert!(refused.body.contains("gate.basic.users[0].password_hash"), "{}", refused.body);
+}
+
+#[tokio::test]
+async fn every_mistake_of_a_gate_is_told_with_its_place() {
+    let node = node(|_| ()).await;
+    for (record, at) in [
+        (r#"{"type":"http","gate":{"ip":{"allow":["10.0.0.0/99"]}}}"#, "gate.ip.allow"),
+        (r#"{"type":"http","gate":{"ipp":{}}}"#, "gate.ipp"),
+        (r#"{"type":"tcp","gate":{"basic":{"users":[]}}}"#, "gate.basic"),
+        (r#"{"type":"passthrough","gate":{"oidc":{"providers":["a"]}}}"#, "gate.oidc"),
+        (r#"{"type":"http","gate":{"client_certificates":{"ca_pem":""}}}"#, "gate.client_certificates.ca_pem"),
+        (r#"{"type":"http","gate":{"oidc":{"providers":[]}}}"#, "gate.oidc.providers"),
+        (r#"{"type":"http","gate":{"oidc":{"providers":["a"],"allow_emails":["ann"]}}}"#, "gate.oidc.allow_emails"),
+        (r#"{"type":"http","gate":{"oidc":{"providers":["a"],"session":{"idle":"1s"}}}}"#, "gate.oidc.session.idle"),
+        (r#"{"type":"http","gate":{"basic":{"users":[{"name":"a:b","password":"x"}]}}}"#, "gate.basic.users[0].name"),
+        (r#"{"type":"http","gate":{"basic":{"users":[{"name":"a","password":""}]}}}"#, "gate.basic.users[0].password"),
+        (
+            r#"{"type":"http","gate":{"basic":{"users":[{"name":"a","password_hash":"plain"}]}}}"#,
+            "gate.basic.users[0].password_hash",
+        ),
+        (r#"{"type":"http","gate":{"service_tokens":[{"name":"a","token":"short"}]}}"#, "gate.service_tokens[0].token"),
+        (r#"{"type":"http","gate":{"rules":[{"path":"/a/../b"}]}}"#, "gate.rules[0].path"),
+        (r#"{"type":"http","gate":{"rules":[{"path":"/a","public":true,"users":["x"]}]}}"#, "gate.rules[0].public"),
+        (r#"{"type":"http","gate":{"rules":[{"path":"/a"},{"path":"/a"}]}}"#, "gate.rules[1]"),
+    ] {
+        let refused = node.put("/v1/sockets/web", record).await;
+        let told: Vec<String> = refused.json()["errors"]
+            .as_array()
+            .unwrap_or(&Vec::new())
+            .iter()
+            .map(|e| e["field"].as_str().unwrap_or_default().to_owned())
+            .collect();
+        assert!(refused.status == 400 && told.iter().any(|t| t == at), "{record}: {}", refused.body);
+        assert!(!refused.body.contains("plain\""), "a secret is repeated: {}", refused.body);
+    }
+}
+
 fn certificate() -> String {
     let made = rcgen::generate_simple_self_signed(vec!["c.test".into()]).unwrap();
     serde_json::json!({"chain_pem": made.cert.pem(), "key_pem": made.signing_key.serialize_pem()}).to_string()
@@ -145,6 +219,11 @@ async fn put_creates_replaces_and_takes_back_what_get_answers() {
         ("/v1/tunnels/t1", tunnel.to_owned()),
         ("/v1/certificates/c", certificate()),
         ("/v1/ticket-keys/default", ticket_keys()),
+        ("/v1/sockets/gated", GATED.to_owned()),
+        ("/v1/providers/corp", PROVIDER.to_owned()),
+        ("/v1/accounts/ann", ACCOUNT.to_owned()),
+        ("/v1/keyrings/default", KEYRING.to_owned()),
+        ("/v1/revocations/r", r#"{"email":"Ann@Example.com"}"#.to_owned()),
     ] {
         let created = node.put(path, &body).await;
         assert_eq!((created.status, created.headers["location"].as_str()), (201, path), "{}", created.body);
@@ -489,9 +568,14 @@ async fn the_document_tells_every_status_that_is_answered_and_no_other() {
                 (r#"{"socket":"s","user":"u","relay_port":1}"#, r#"{"socket":"s","user":"u","relay_port":1}"#)
             }
             Endpoint::TicketKeys => (keys.as_str(), ""),
+            Endpoint::Provider => (PROVIDER, ""),
+            Endpoint::Account => (ACCOUNT, ""),
+            Endpoint::Keyring => (KEYRING, ""),
+            Endpoint::Revocation => (r#"{"email":"ann@example.com"}"#, ""),
             _ => (pem.as_str(), ""),
         };
-        let id = if route.endpoint == Endpoint::TicketKeys { "default" } else { "s" };
+        let only = matches!(route.endpoint, Endpoint::TicketKeys | Endpoint::Keyring);
+        let id = if only { "default" } else { "s" };
         let path = route.path.replace("{id}", id);
         for method in route.methods {
             // Each probe: extra header, path, body.
@@ -561,7 +645,7 @@ async fn the_document_tells_every_status_that_is_answered_and_no_other() {
                 }
             }
             // No other id is one of this kind: what is missing is missed at its own.
-            if route.endpoint == Endpoint::TicketKeys && *method != "PUT" {
+            if only && *method != "PUT" {
                 node.send("DELETE", &path, &[], "").await;
                 answered.insert(node.send(method, &path, &[], "").await.status.to_string());
                 node.put(&path, good).await;

@@ -23,10 +23,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::problem::Problem;
 use super::{Answer, ControlState, routing};
-use crate::feed::records::Record;
+use crate::feed::records::{Record, without};
 use crate::feed::{Change, Cursor, Entry, Epoch, Event, Subscription};
 use crate::fields::Mistake;
-use crate::model::{Certificate, Socket, TicketKeys, Tunnel};
+use crate::model::{Account, Certificate, Keyring, Provider, Revocation, Socket, TicketKeys, Tunnel};
 
 /// Records of a reset that are written at once.
 const CHUNK: usize = 64;
@@ -144,17 +144,28 @@ fn put(entry: &Entry) -> Value {
     let (kind, id, secret) = described(&entry.key);
     let mut record: Value = serde_json::from_str(&entry.value).unwrap_or_default();
     if let Value::Object(fields) = &mut record {
-        fields.retain(|field, _| !secret.contains(&field.as_str()));
+        without(fields, secret);
     }
     json!({ "op": "put", "type": kind, "id": id, "revision": entry.rev, "record": record })
 }
 
-/// Prefix, word and secret fields of each kind that is told.
-const KINDS: [(&str, &str, &[&str]); 4] = [
-    (Socket::PREFIX, Socket::NOUN, Socket::SECRET),
-    (Tunnel::PREFIX, Tunnel::NOUN, Tunnel::SECRET),
-    (Certificate::PREFIX, Certificate::NOUN, Certificate::SECRET),
-    (TicketKeys::PREFIX, TicketKeys::NOUN, TicketKeys::SECRET),
+/// Prefix, word and secret fields of a kind.
+type Kind = (&'static str, &'static str, &'static [&'static str]);
+
+const fn kind<R: Record>() -> Kind {
+    (R::PREFIX, R::NOUN, R::SECRET)
+}
+
+/// Each kind that is told.
+const KINDS: [Kind; 8] = [
+    kind::<Socket>(),
+    kind::<Tunnel>(),
+    kind::<Certificate>(),
+    kind::<TicketKeys>(),
+    kind::<Provider>(),
+    kind::<Account>(),
+    kind::<Keyring>(),
+    kind::<Revocation>(),
 ];
 
 /// The word, the id and the secret fields of the record at a key.

@@ -1,7 +1,7 @@
 //! The one task that follows the feed's records and applies them: sockets and
-//! tunnels to the route table, certificates and ticket keys to TLS. Each record is validated
-//! before it is applied; a bad one is refused by name and counted, and the last
-//! good one keeps serving.
+//! tunnels to the route table, certificates and ticket keys to TLS, what logins
+//! rest on to theirs. Each record is validated before it is applied; a bad one is
+//! refused by name and counted, and the last good one keeps serving.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -13,11 +13,49 @@ use tokio_util::sync::CancellationToken;
 use super::records::Record;
 use super::{Change, Cursor, Entry, Epoch, Event, Feed};
 use crate::fields::Mistake;
-use crate::model::{Certificate, CertificateId, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId};
+use crate::logins::Logins;
+use crate::model::{Account, Certificate, CertificateId, Keyring, Provider, Revocation, Socket, TicketKeys, Tunnel};
 use crate::routes::Routes;
 
+/// A kind of record and what is done with one.
+struct Kind {
+    prefix: &'static str,
+    noun: &'static str,
+    put: fn(&mut Follower, id: &str, value: &str) -> Result<(), String>,
+    remove: fn(&mut Follower, id: &str) -> Result<(), String>,
+}
+
+const fn kind<R: Applied>() -> Kind {
+    Kind {
+        prefix: R::PREFIX,
+        noun: R::NOUN,
+        put: |follower, id, value| {
+            let id: R::Id = id.parse().map_err(|why| format!("its id {why}"))?;
+            let record = R::from_value(&id, value).map_err(|mistakes| {
+                let all: Vec<String> = mistakes.iter().map(Mistake::to_string).collect();
+                all.join("; ")
+            })?;
+            record.apply(follower)
+        },
+        remove: |follower, id| match id.parse::<R::Id>() {
+            Ok(id) => R::withdraw(&id, follower),
+            // It was never applied.
+            Err(_) => Ok(()),
+        },
+    }
+}
+
 /// What the follower follows; claims are the writers' own business.
-const PREFIXES: &[&str] = &[Socket::PREFIX, Tunnel::PREFIX, Certificate::PREFIX, TicketKeys::PREFIX];
+const KINDS: [Kind; 8] = [
+    kind::<Socket>(),
+    kind::<Tunnel>(),
+    kind::<Certificate>(),
+    kind::<TicketKeys>(),
+    kind::<Provider>(),
+    kind::<Account>(),
+    kind::<Keyring>(),
+    kind::<Revocation>(),
+];
 /// Records applied between two chances for other tasks.
 const BREATH: usize = 256;
 
@@ -30,8 +68,6 @@ pub trait Certificates: Send + Sync + 'static {
     fn put(&self, certificate: Certificate) -> Result<(), String>;
     /// Takes a certificate out.
     fn remove(&self, id: &CertificateId);
-    /// The ids of all that the feed brought.
-    fn ids(&self) -> Vec<CertificateId>;
     /// Takes the keys of session tickets in, or out.
     ///
     /// # Errors
@@ -45,9 +81,6 @@ impl Certificates for crate::tls::Certificates {
     }
     fn remove(&self, id: &CertificateId) {
         self.remove(id);
-    }
-    fn ids(&self) -> Vec<CertificateId> {
-        self.ids()
     }
     fn set_ticket_keys(&self, keys: Option<&TicketKeys>) -> Result<(), String> {
         self.set_ticket_keys(keys)
@@ -110,12 +143,12 @@ pub struct Follower {
     feed: Arc<dyn Feed>,
     routes: Arc<Routes>,
     certificates: Arc<dyn Certificates>,
-    /// What is applied, by key, so that a Reset touches only what changed.
-    seen: HashMap<String, u64>,
+    logins: Arc<Logins>,
+    /// What was seen of each key, so that a Reset touches only what changed; none:
+    /// in another life of the data.
+    seen: HashMap<String, Option<u64>>,
     epoch: Option<Epoch>,
     bad: HashSet<String>,
-    /// Whether the feed brought keys of session tickets.
-    ticket_keys: bool,
     ports_changed: bool,
     applied: watch::Sender<u64>,
     ports: watch::Sender<u64>,
@@ -125,15 +158,20 @@ pub struct Follower {
 
 impl Follower {
     /// A follower and the handle to watch it by.
-    pub fn new(feed: Arc<dyn Feed>, routes: Arc<Routes>, certificates: Arc<dyn Certificates>) -> (Self, Following) {
+    pub fn new(
+        feed: Arc<dyn Feed>,
+        routes: Arc<Routes>,
+        certificates: Arc<dyn Certificates>,
+        logins: Arc<Logins>,
+    ) -> (Self, Following) {
         let follower = Self {
             feed,
             routes,
             certificates,
+            logins,
             seen: HashMap::new(),
             epoch: None,
             bad: HashSet::new(),
-            ticket_keys: false,
             ports_changed: false,
             applied: watch::Sender::new(0),
             ports: watch::Sender::new(0),
@@ -151,7 +189,7 @@ impl Follower {
 
     /// Follows until `cancel`, or until the feed has shut down.
     pub async fn run(mut self, cancel: CancellationToken) {
-        let mut events = self.feed.subscribe(PREFIXES, None);
+        let mut events = self.feed.subscribe(&KINDS.map(|kind| kind.prefix), None);
         loop {
             let event = tokio::select! {
                 () = cancel.cancelled() => return,
@@ -187,12 +225,12 @@ impl Follower {
     /// name that moved is never missing, then what is gone.
     async fn reset(&mut self, at: Cursor, state: Vec<Entry>) {
         if self.epoch.as_ref() != Some(&at.epoch) {
-            self.seen.clear();
+            self.seen.values_mut().for_each(|rev| *rev = None);
             self.epoch = Some(at.epoch);
         }
         let mut present = HashSet::with_capacity(state.len());
         for (i, entry) in state.into_iter().enumerate() {
-            if self.seen.get(&entry.key) != Some(&entry.rev) {
+            if self.seen.get(&entry.key) != Some(&Some(entry.rev)) {
                 self.put(&entry);
             }
             present.insert(entry.key);
@@ -200,11 +238,7 @@ impl Follower {
                 tokio::task::yield_now().await;
             }
         }
-        let held = self.routes.socket_ids().iter().map(Socket::key).collect::<Vec<_>>().into_iter();
-        let held = held.chain(self.routes.tunnel_ids().iter().map(Tunnel::key).collect::<Vec<_>>());
-        let held = held.chain(self.certificates.ids().iter().map(Certificate::key).collect::<Vec<_>>());
-        let held = held.chain(self.ticket_keys.then(|| TicketKeys::key(&TicketKeysId)));
-        let gone: Vec<String> = held.chain(self.bad.iter().cloned()).filter(|key| !present.contains(key)).collect();
+        let gone: Vec<String> = self.seen.keys().filter(|key| !present.contains(*key)).cloned().collect();
         for key in gone {
             self.remove(&key);
         }
@@ -219,23 +253,9 @@ impl Follower {
     }
 
     fn put(&mut self, entry: &Entry) {
-        let (kind, result) = match kind_of(&entry.key) {
-            Some(Kind::Socket(id)) => (Socket::NOUN, self.put_socket(id, &entry.value)),
-            Some(Kind::Tunnel(id)) => {
-                (Tunnel::NOUN, parsed::<Tunnel>(id, &entry.value).map(|tunnel| self.routes.put_tunnel(tunnel)))
-            }
-            Some(Kind::Certificate(id)) => {
-                let put = parsed(id, &entry.value).and_then(|certificate| self.certificates.put(certificate));
-                (Certificate::NOUN, put)
-            }
-            Some(Kind::TicketKeys(id)) => {
-                let put = parsed(id, &entry.value).and_then(|keys| self.certificates.set_ticket_keys(Some(&keys)));
-                self.ticket_keys |= put.is_ok();
-                (TicketKeys::NOUN, put)
-            }
-            None => return,
-        };
-        self.seen.insert(entry.key.clone(), entry.rev);
+        let Some((kind, id)) = kind_of(&entry.key) else { return };
+        let result = (kind.put)(self, id, &entry.value);
+        self.seen.insert(entry.key.clone(), Some(entry.rev));
         match result {
             Ok(()) => {
                 if self.bad.remove(&entry.key) {
@@ -243,7 +263,7 @@ impl Follower {
                 }
             }
             Err(why) => {
-                metrics::counter!("adit_feed_records_refused_total", "kind" => kind).increment(1);
+                metrics::counter!("adit_feed_records_refused_total", "kind" => kind.noun).increment(1);
                 tracing::error!(
                     key = entry.key,
                     rev = entry.rev,
@@ -256,43 +276,15 @@ impl Follower {
         }
     }
 
-    fn put_socket(&mut self, id: &str, value: &str) -> Result<(), String> {
-        let socket: Socket = parsed(id, value)?;
-        let before = self.routes.socket(&socket.id);
-        self.ports_changed |= before.map(|r| r.socket.ports.clone()).unwrap_or_default() != socket.ports;
-        self.routes.put_socket(socket);
-        Ok(())
-    }
-
     fn remove(&mut self, key: &str) {
         self.seen.remove(key);
         if self.bad.remove(key) {
             self.tell_refused();
         }
-        match kind_of(key) {
-            Some(Kind::Socket(id)) => {
-                if let Ok(id) = id.parse::<SocketId>() {
-                    self.ports_changed |= self.routes.socket(&id).is_some_and(|r| !r.socket.ports.is_empty());
-                    self.routes.remove_socket(&id);
-                }
-            }
-            Some(Kind::Tunnel(id)) => {
-                if let Ok(id) = id.parse::<TunnelId>() {
-                    self.routes.remove_tunnel(&id);
-                }
-            }
-            Some(Kind::Certificate(id)) => {
-                if let Ok(id) = id.parse::<CertificateId>() {
-                    self.certificates.remove(&id);
-                }
-            }
-            Some(Kind::TicketKeys(id)) => {
-                let ours = id.parse::<TicketKeysId>().is_ok() && std::mem::take(&mut self.ticket_keys);
-                if ours && let Err(why) = self.certificates.set_ticket_keys(None) {
-                    tracing::error!(why, "the former ticket keys stay");
-                }
-            }
-            None => {}
+        if let Some((kind, id)) = kind_of(key)
+            && let Err(why) = (kind.remove)(self, id)
+        {
+            tracing::error!(key, why, "a record that is gone keeps serving");
         }
     }
 
@@ -303,28 +295,87 @@ impl Follower {
     }
 }
 
-enum Kind<'a> {
-    Socket(&'a str),
-    Tunnel(&'a str),
-    Certificate(&'a str),
-    TicketKeys(&'a str),
+/// The kind of the record at a key, and its id.
+fn kind_of(key: &str) -> Option<(&'static Kind, &str)> {
+    const { &KINDS }.iter().find_map(|kind| Some((kind, key.strip_prefix(kind.prefix)?)))
 }
 
-fn kind_of(key: &str) -> Option<Kind<'_>> {
-    key.strip_prefix(Socket::PREFIX)
-        .map(Kind::Socket)
-        .or_else(|| key.strip_prefix(Tunnel::PREFIX).map(Kind::Tunnel))
-        .or_else(|| key.strip_prefix(Certificate::PREFIX).map(Kind::Certificate))
-        .or_else(|| key.strip_prefix(TicketKeys::PREFIX).map(Kind::TicketKeys))
+/// What a kind of record does to the node.
+trait Applied: Record {
+    /// Takes it in, in place of its former version.
+    ///
+    /// # Errors
+    /// Why it cannot be used; the former version stays.
+    fn apply(self, follower: &mut Follower) -> Result<(), String>;
+    /// Takes it out.
+    ///
+    /// # Errors
+    /// Why it stays.
+    fn withdraw(id: &Self::Id, follower: &mut Follower) -> Result<(), String>;
 }
 
-fn parsed<R: Record>(id: &str, value: &str) -> Result<R, String> {
-    let id: R::Id = id.parse().map_err(|why| format!("its id {why}"))?;
-    R::from_value(&id, value).map_err(|mistakes| {
-        let all: Vec<String> = mistakes.iter().map(Mistake::to_string).collect();
-        all.join("; ")
-    })
+impl Applied for Socket {
+    fn apply(self, follower: &mut Follower) -> Result<(), String> {
+        let before = follower.routes.socket(&self.id);
+        follower.ports_changed |= before.map(|r| r.socket.ports.clone()).unwrap_or_default() != self.ports;
+        follower.routes.put_socket(self);
+        Ok(())
+    }
+    fn withdraw(id: &Self::Id, follower: &mut Follower) -> Result<(), String> {
+        follower.ports_changed |= follower.routes.socket(id).is_some_and(|r| !r.socket.ports.is_empty());
+        follower.routes.remove_socket(id);
+        Ok(())
+    }
 }
+
+impl Applied for Certificate {
+    fn apply(self, follower: &mut Follower) -> Result<(), String> {
+        follower.certificates.put(self)
+    }
+    fn withdraw(id: &Self::Id, follower: &mut Follower) -> Result<(), String> {
+        follower.certificates.remove(id);
+        Ok(())
+    }
+}
+
+impl Applied for TicketKeys {
+    fn apply(self, follower: &mut Follower) -> Result<(), String> {
+        follower.certificates.set_ticket_keys(Some(&self))
+    }
+    fn withdraw(_: &Self::Id, follower: &mut Follower) -> Result<(), String> {
+        follower.certificates.set_ticket_keys(None)
+    }
+}
+
+impl Applied for Keyring {
+    fn apply(self, follower: &mut Follower) -> Result<(), String> {
+        follower.logins.set_keyring(Some(&self))
+    }
+    fn withdraw(_: &Self::Id, follower: &mut Follower) -> Result<(), String> {
+        follower.logins.set_keyring(None)
+    }
+}
+
+macro_rules! applied {
+    ($($t:ty => $table:ident, $put:ident, $remove:ident);*) => {$(
+        impl Applied for $t {
+            fn apply(self, follower: &mut Follower) -> Result<(), String> {
+                follower.$table.$put(self);
+                Ok(())
+            }
+            fn withdraw(id: &Self::Id, follower: &mut Follower) -> Result<(), String> {
+                follower.$table.$remove(id);
+                Ok(())
+            }
+        }
+    )*};
+}
+applied!(
+    Tunnel => routes, put_tunnel, remove_tunnel;
+    Provider => logins, put_provider, remove_provider;
+    Account => logins, put_account, remove_account;
+    Revocation => logins, put_revocation, remove_revocation
+);
 
 #[cfg(test)]
 pub(crate) mod tests {
@@ -352,9 +403,6 @@ pub(crate) mod tests {
         fn remove(&self, id: &CertificateId) {
             self.0.lock().remove(id);
         }
-        fn ids(&self) -> Vec<CertificateId> {
-            self.0.lock().keys().cloned().collect()
-        }
         fn set_ticket_keys(&self, keys: Option<&TicketKeys>) -> Result<(), String> {
             *self.1.lock() = keys.cloned();
             Ok(())
@@ -378,7 +426,7 @@ pub(crate) mod tests {
         write(&store, "cfg/sock/old", r#"{"type":"http","hostnames":["old.test"]}"#).await;
         write(&store, "cfg/sock/never", r#"{"type":"nonsense"}"#).await;
         let (routes, certificates) = (Arc::new(Routes::default()), Arc::new(Remembered::default()));
-        let (follower, following) = Follower::new(store.clone(), routes.clone(), certificates.clone());
+        let (follower, following) = Follower::new(store.clone(), routes.clone(), certificates.clone(), Arc::default());
         let cancel = CancellationToken::new();
         let task = tokio::spawn(follower.run(cancel.clone()));
         assert!(following.wait_live().await);
@@ -417,7 +465,7 @@ pub(crate) mod tests {
         let store = Store::in_memory(StoreSettings::default()).unwrap();
         let feed = Arc::new(Script(Mutex::new(Some(receiver)), store));
         let certificates = Arc::new(Remembered::default());
-        let (follower, following) = Follower::new(feed, Arc::default(), certificates.clone());
+        let (follower, following) = Follower::new(feed, Arc::default(), certificates.clone(), Arc::default());
         let task = tokio::spawn(follower.run(CancellationToken::new()));
         let held = || certificates.1.lock().as_ref().map(|keys| keys.keys.len());
         let one = format!(r#"{{"keys":["{}"]}}"#, "A".repeat(43) + "=");
@@ -488,7 +536,7 @@ pub(crate) mod tests {
         let store = Store::in_memory(StoreSettings::default()).unwrap();
         let feed = Arc::new(Script(Mutex::new(Some(receiver)), store));
         let (routes, certificates) = (Arc::new(Routes::default()), Arc::new(Remembered::default()));
-        let (follower, following) = Follower::new(feed, routes.clone(), certificates);
+        let (follower, following) = Follower::new(feed, routes.clone(), certificates, Arc::default());
         let task = tokio::spawn(follower.run(CancellationToken::new()));
         let at = |rev| Cursor { epoch: Epoch("e".into()), rev };
         let sock = |id: &str, host: &str, rev| Entry {

@@ -40,7 +40,7 @@ impl Door {
         let routes = Arc::new(Routes::default());
         let tls = crate::config::Config::default().tls;
         let certificates = Arc::new(Certificates::new(&tls).unwrap());
-        let (follower, following) = Follower::new(Arc::clone(&feed), Arc::clone(&routes), certificates);
+        let (follower, following) = Follower::new(Arc::clone(&feed), Arc::clone(&routes), certificates, Arc::default());
         tasks.spawn(follower.run(CancellationToken::new()));
         let domain = Some("edge.test".to_owned());
         let knobs = RecordSettings { ports, domain: Some("edge.test".parse().unwrap()) };

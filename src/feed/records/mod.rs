@@ -3,8 +3,8 @@
 //! written with the record in one guarded transaction. Used by the control API
 //! and by registration on demand; who may do it is decided by them.
 //!
-//! Keys: `cfg/sock/<id>`, `cfg/tun/<id>`, `cert/<id>`, `ticket/default`; claims
-//! in `claims`.
+//! Keys: `cfg/sock/<id>`, `cfg/tun/<id>`, `cert/<id>` and the like (`record`);
+//! claims in `claims`.
 
 mod claims;
 mod completion;
@@ -16,19 +16,19 @@ mod tests;
 
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 pub use self::error::RecordError;
-pub use self::record::{Condition, Page, Record, Stored, Written};
+pub use self::record::{Condition, Page, Record, Stored, Written, without};
 pub use self::settings::RecordSettings;
 
 use self::claims::{Claim, Holder};
 use self::completion::check_user;
 use self::error::mistake;
 use super::certificate_check::check_certificate;
-use super::{Entry, Expect, Feed, LeaseId, Op, Txn, WriteError};
+use super::{Entry, Expect, Feed, LeaseId, Op, ReadError, Txn, WriteError};
 use crate::fields::Mistake;
-use crate::model::{Certificate, CertificateId, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId};
+use crate::model::{Certificate, Socket, SocketId, Tunnel, TunnelId};
 
 /// How often a write that lost a race is tried again. Each try loses only to a
 /// write that succeeded, so this is met by a storm on one name alone.
@@ -116,20 +116,11 @@ impl Records {
         self.put_unclaimed(certificate, condition).await
     }
 
-    /// Creates or replaces the keys of session tickets.
+    /// Creates or replaces a record of a kind that claims nothing.
     ///
     /// # Errors
     /// See [`RecordError`]; nothing is written then.
-    pub async fn put_ticket_keys(
-        &self,
-        keys: TicketKeys,
-        condition: Condition,
-    ) -> Result<Written<TicketKeys>, RecordError> {
-        self.put_unclaimed(keys, condition).await
-    }
-
-    /// Writes a record that claims nothing.
-    async fn put_unclaimed<R: Record>(&self, record: R, condition: Condition) -> Result<Written<R>, RecordError> {
+    pub async fn put_unclaimed<R: Record>(&self, record: R, condition: Condition) -> Result<Written<R>, RecordError> {
         let key = R::key(record.id());
         for _ in 0..TRIES {
             let old = self.feed.read(&key).await?;
@@ -232,25 +223,11 @@ impl Records {
         Err(RecordError::Contended)
     }
 
-    /// Deletes a certificate. Answers the revision.
+    /// Deletes a record of a kind that claims nothing. Answers the revision.
     ///
     /// # Errors
     /// See [`RecordError`]; nothing is deleted then.
-    pub async fn delete_certificate(&self, id: &CertificateId, condition: Condition) -> Result<u64, RecordError> {
-        self.delete_unclaimed::<Certificate>(id, condition).await
-    }
-
-    /// Deletes the keys of session tickets: each node makes its own again.
-    /// Answers the revision.
-    ///
-    /// # Errors
-    /// See [`RecordError`]; nothing is deleted then.
-    pub async fn delete_ticket_keys(&self, id: &TicketKeysId, condition: Condition) -> Result<u64, RecordError> {
-        self.delete_unclaimed::<TicketKeys>(id, condition).await
-    }
-
-    /// Deletes a record that claims nothing.
-    async fn delete_unclaimed<R: Record>(&self, id: &R::Id, condition: Condition) -> Result<u64, RecordError> {
+    pub async fn delete_unclaimed<R: Record>(&self, id: &R::Id, condition: Condition) -> Result<u64, RecordError> {
         for _ in 0..TRIES {
             let old = self.existing::<R>(id, condition).await?;
             let mut txn = Txn::default();
@@ -270,6 +247,15 @@ impl Records {
         let entry = self.feed.read(&R::key(id)).await?.ok_or(RecordError::NotFound)?;
         let record = R::from_value(id, &entry.value).map_err(RecordError::Unreadable)?;
         Ok(Stored { record, rev: entry.rev })
+    }
+
+    /// A record as it is stored, whether this version can read it or not.
+    ///
+    /// # Errors
+    /// The feed cannot be read.
+    pub async fn raw(&self, key: &str) -> Result<Option<Map<String, Value>>, ReadError> {
+        let entry = self.feed.read(key).await?;
+        Ok(entry.and_then(|entry| serde_json::from_str(&entry.value).ok()))
     }
 
     /// Up to `limit` records whose ids sort after `after` ("": from the first).

@@ -9,7 +9,10 @@ use serde_json::{Map, Value};
 use super::error::{RecordError, mistake};
 use crate::feed::Cursor;
 use crate::fields::Mistake;
-use crate::model::{Certificate, CertificateId, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId};
+use crate::model::{
+    Account, AccountId, Certificate, CertificateId, Keyring, KeyringId, Provider, ProviderId, Revocation, RevocationId,
+    Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId,
+};
 
 /// What must hold of a record for a write to happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +80,7 @@ pub trait Record: Sized + Clone + Send + Sync + 'static {
     const PREFIX: &'static str;
     /// The word for it.
     const NOUN: &'static str;
-    /// Fields that only one who asks for this very record is shown.
+    /// Fields, at any depth, that only one who asks for this very record is shown.
     const SECRET: &'static [&'static str];
     /// Its id.
     fn id(&self) -> &Self::Id;
@@ -124,7 +127,24 @@ macro_rules! record_type {
         }
     };
 }
-record_type!(Socket, SocketId, "cfg/sock/", "socket", &[]);
+record_type!(Socket, SocketId, "cfg/sock/", "socket", &["password_hash", "token_hash"]);
 record_type!(Tunnel, TunnelId, "cfg/tun/", "tunnel", &[]);
 record_type!(Certificate, CertificateId, "cert/", "certificate", &["key_pem"]);
 record_type!(TicketKeys, TicketKeysId, "ticket/", "ticket_keys", &["keys"]);
+record_type!(Provider, ProviderId, "cfg/provider/", "provider", &["client_secret"]);
+record_type!(Account, AccountId, "cfg/account/", "account", &["password_hash"]);
+record_type!(Keyring, KeyringId, "cfg/keyring/", "keyring", &["secret"]);
+record_type!(Revocation, RevocationId, "live/revoked/", "revocation", &[]);
+
+/// Takes the fields out that `secret` names, at any depth.
+pub fn without(record: &mut Map<String, Value>, secret: &[&str]) {
+    fn strip(value: &mut Value, secret: &[&str]) {
+        match value {
+            Value::Object(fields) => without(fields, secret),
+            Value::Array(list) => list.iter_mut().for_each(|item| strip(item, secret)),
+            _ => {}
+        }
+    }
+    record.retain(|field, _| !secret.contains(&field.as_str()));
+    record.values_mut().for_each(|value| strip(value, secret));
+}
