@@ -40,6 +40,11 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
     ("adit_sessions_dead_total", Unit::Count, "SSH sessions ended because the peer did not answer"),
     ("adit_store_write_failures_total", Unit::Count, "Transactions that the disk did not take"),
     ("adit_feed_records_refused_total", Unit::Count, "Records of the feed that were refused, by kind"),
+    (
+        "adit_provider_requests_total",
+        Unit::Count,
+        "Requests to login providers, by provider, its kind, what was asked for (metadata, keys, token, userinfo, api) and outcome: ok, refused (another status), failed (no answer)",
+    ),
     ("adit_port_bind_failures_total", Unit::Count, "Sockets' own ports that could not be opened"),
 ];
 
@@ -75,6 +80,11 @@ const HISTOGRAMS: &[(&str, Unit, &str)] = &[
         "Parts of a visit: tls (the handshake before it), route (and gate), dial, first_byte (of the origin, from the start), total",
     ),
     ("adit_tls_handshake_seconds", Unit::Seconds, "TLS handshakes with visitors, by whether a session was resumed"),
+    (
+        "adit_provider_request_seconds",
+        Unit::Seconds,
+        "Requests to login providers from the name to the last byte, by kind and what was asked for",
+    ),
     ("adit_store_commit_seconds", Unit::Seconds, "Time for a group of transactions to reach the disk"),
     ("adit_tunnel_rtt_seconds", Unit::Seconds, "Round trips to owners' SSH clients"),
 ];
