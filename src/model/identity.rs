@@ -50,6 +50,11 @@ impl FromStr for Email {
         if local.starts_with('.') || local.ends_with('.') || local.contains("..") {
             return Err(bad);
         }
+        // NFC alone makes some of other letters ASCII (U+212A a K, U+037E a semicolon).
+        let becomes_ascii = |c: char| !c.is_ascii() && std::iter::once(c).nfc().all(|made| made.is_ascii());
+        if local.contains(becomes_ascii) {
+            return Err(bad);
+        }
         let domain = email_domain(domain).ok_or(bad)?;
         let mut local: String = local.nfc().collect();
         local.make_ascii_lowercase();
@@ -674,5 +679,23 @@ impl Revocation {
                 "until": self.until.to_string(),
             }),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn letters_that_look_alike_make_no_address_another() {
+        let read = |text: &str| text.parse::<Email>().map(|email| email.as_str().to_owned());
+        assert_eq!(read("Kate@Example.com").as_deref(), Ok("kate@example.com"));
+        // By NFC alone these are K, ; and `.
+        for text in ["\u{212a}ate@example.com", "a\u{37e}b@example.com", "a\u{1fef}@example.com"] {
+            assert!(read(text).is_err(), "{text}");
+        }
+        assert_eq!(read("m\u{130}a@example.com").as_deref(), Ok("m\u{130}a@example.com"));
+        // What is one letter and what is two of the same mailbox are the same.
+        assert_eq!(read("jose\u{301}@example.com"), read("jos\u{e9}@example.com"));
     }
 }
