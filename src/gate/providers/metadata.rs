@@ -2,18 +2,19 @@
 //! they allow, fetched by one at a time, served stale while they are down, and not
 //! asked again right after they failed.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dashmap::DashMap;
-use hyper::Response;
 use openidconnect::core::{
     CoreAuthDisplay, CoreClaimName, CoreClaimType, CoreClientAuthMethod, CoreGrantType, CoreJsonWebKey,
     CoreJweContentEncryptionAlgorithm, CoreJweKeyManagementAlgorithm, CoreResponseMode, CoreResponseType,
     CoreSubjectIdentifierType,
 };
 use openidconnect::{
-    AdditionalProviderMetadata, DiscoveryError, HttpRequest, IssuerUrl, JsonWebKeySet, ProviderMetadata,
+    AdditionalProviderMetadata, AsyncHttpClient, DiscoveryError, HttpRequest, HttpResponse, IssuerUrl, JsonWebKeySet,
+    ProviderMetadata,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -164,8 +165,7 @@ impl Metadatas {
             state.keys_asked = Some(Instant::now());
         }
         let asker = Asker::new(fetch, provider);
-        let client = asker.client();
-        let fetched = JsonWebKeySet::fetch_async(old.metadata.jwks_uri(), &client).await;
+        let fetched = JsonWebKeySet::fetch_async(old.metadata.jwks_uri(), &asker).await;
         match fetched {
             Ok(keys) => {
                 let metadata = old.metadata.clone().set_jwks(keys);
@@ -240,8 +240,7 @@ async fn discover(fetch: &Fetch, provider: &Arc<Provider>) -> Result<Known, Stri
     let issuer = provider.issuer.as_ref().ok_or("the record names no issuer")?;
     let issuer = IssuerUrl::new(issuer.as_str().to_owned()).map_err(|_| "the issuer is no URL")?;
     let asker = Asker::new(fetch, provider);
-    let client = asker.client();
-    let metadata = Metadata::discover_async(issuer, &client).await.map_err(undiscovered)?;
+    let metadata = Metadata::discover_async(issuer, &asker).await.map_err(undiscovered)?;
     let here = asker.here;
     let more = metadata.additional_metadata();
     let endpoints = [
@@ -273,14 +272,7 @@ impl<'a> Asker<'a> {
         Self { fetch, provider, here, heard: Mutex::default() }
     }
 
-    fn client<'b>(
-        &'b self,
-    ) -> impl Fn(HttpRequest) -> std::pin::Pin<Box<dyn Future<Output = Result<Response<Vec<u8>>, Unfetched>> + Send + 'b>>
-    {
-        move |request| Box::pin(self.ask(request))
-    }
-
-    async fn ask(&self, request: HttpRequest) -> Result<Response<Vec<u8>>, Unfetched> {
+    async fn ask(&self, request: HttpRequest) -> Result<HttpResponse, Unfetched> {
         if !may_be_asked(&request.uri().to_string(), self.here) {
             return Err(Unfetched("its metadata names an endpoint that is not https".into()));
         }
@@ -292,6 +284,15 @@ impl<'a> Asker<'a> {
             *heard = Some(heard.map_or(age, |before| before.min(age)));
         }
         Ok(answer)
+    }
+}
+
+impl<'c> AsyncHttpClient<'c> for Asker<'_> {
+    type Error = Unfetched;
+    type Future = Pin<Box<dyn Future<Output = Result<HttpResponse, Unfetched>> + Send + 'c>>;
+
+    fn call(&'c self, request: HttpRequest) -> Self::Future {
+        Box::pin(self.ask(request))
     }
 }
 
