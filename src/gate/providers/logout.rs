@@ -9,7 +9,7 @@ use openidconnect::{JsonWebKey, SignatureVerificationError};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::metadata::Known;
+use super::metadata::{Known, Metadatas};
 use super::{Failed, Inner, LoggedOut, SKEW, made_now, now, oauth, oidc};
 use crate::model::Provider;
 
@@ -79,9 +79,9 @@ impl<'a> Token<'a> {
     }
 }
 
-pub(super) async fn read(inner: &Inner, provider: &Arc<Provider>, token: &str) -> Result<LoggedOut, Failed> {
+pub(super) async fn read(inner: &Arc<Inner>, provider: &Arc<Provider>, token: &str) -> Result<LoggedOut, Failed> {
     let refuse = |why: &str| Failed::Refused(format!("a logout token {why}"));
-    let known = inner.metadatas.known(&inner.fetch, provider).await?;
+    let known = Metadatas::known(inner, provider).await?;
     if token.len() > TOKEN_MAX {
         return Err(refuse("is too long"));
     }
@@ -91,7 +91,7 @@ pub(super) async fn read(inner: &Inner, provider: &Arc<Provider>, token: &str) -
     let algorithm = token.header.algorithm().ok_or_else(|| refuse("is signed by an algorithm that is not allowed"))?;
     let verdict = match verify(&token, &algorithm, &known) {
         Err(Unsigned::NoKey) => {
-            let newer = inner.metadatas.newer_keys(&inner.fetch, provider, &known).await?;
+            let newer = Metadatas::newer_keys(inner, provider, &known).await?;
             verify(&token, &algorithm, &newer)
         }
         done => done,

@@ -20,8 +20,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::Failed;
 use super::fetch::{Fetch, Unfetched, What, is_here, max_age};
+use super::{Failed, Inner};
 use crate::model::{Provider, ProviderId};
 
 /// How long metadata and keys count where the provider does not say.
@@ -74,7 +74,8 @@ pub(super) struct Known {
     fresh_until: Instant,
 }
 
-/// What is known of all.
+/// What is known of all. Operators choose the ids, and few: what is known of one
+/// whose record is gone stays.
 #[derive(Default)]
 pub(super) struct Metadatas {
     all: DashMap<ProviderId, Arc<Entry>>,
@@ -86,7 +87,7 @@ struct Entry {
     client_id: String,
     state: Mutex<State>,
     /// Held by who fetches.
-    turn: tokio::sync::Mutex<()>,
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Default)]
@@ -109,16 +110,16 @@ impl Metadatas {
     ///
     /// # Errors
     /// `Down`: it cannot be had, and what was known before is too old.
-    pub(super) async fn known(&self, fetch: &Fetch, provider: &Arc<Provider>) -> Result<Arc<Known>, Failed> {
-        let entry = self.entry(provider);
-        let _turn = match entry.look()? {
+    pub(super) async fn known(inner: &Arc<Inner>, provider: &Arc<Provider>) -> Result<Arc<Known>, Failed> {
+        let entry = inner.metadatas.entry(provider);
+        let turn = match entry.look()? {
             Look::Fresh(known) => return Ok(known),
             // One asks, the others need not wait for it.
-            Look::Stale(known) => match entry.turn.try_lock() {
+            Look::Stale(known) => match Arc::clone(&entry.turn).try_lock_owned() {
                 Ok(turn) => turn,
                 Err(_) => return Ok(known),
             },
-            Look::Missing => entry.turn.lock().await,
+            Look::Missing => Arc::clone(&entry.turn).lock_owned().await,
         };
         // While we waited, another one asked.
         let stale = match entry.look()? {
@@ -126,14 +127,20 @@ impl Metadatas {
             Look::Stale(known) => Some(known),
             Look::Missing => None,
         };
-        match Box::pin(discover(fetch, provider)).await {
-            Ok(known) => Ok(entry.learn(known)),
-            Err(why) => {
-                tracing::warn!(provider = %provider.id, %why, stale = stale.is_some(), "a login provider's metadata cannot be had");
-                entry.state.lock().failed = Some((Instant::now(), why.clone()));
-                stale.ok_or(Failed::Down(why))
+        let (inner, provider) = (Arc::clone(inner), Arc::clone(provider));
+        to_its_end(async move {
+            let _turn = turn;
+            match discover(&inner.fetch, &provider).await {
+                Ok(known) => Ok(entry.learn(known)),
+                Err(why) => {
+                    let kept = stale.is_some();
+                    tracing::warn!(provider = %provider.id, %why, kept, "a login provider's metadata cannot be had");
+                    entry.fail(&why);
+                    stale.ok_or(Failed::Down(why))
+                }
             }
-        }
+        })
+        .await
     }
 
     /// The same with keys that are newer than those of `old`, which lack one.
@@ -142,13 +149,12 @@ impl Metadatas {
     /// `Refused`: they were fetched just now, so the key is not the provider's.
     /// `Down`: they cannot be had.
     pub(super) async fn newer_keys(
-        &self,
-        fetch: &Fetch,
+        inner: &Arc<Inner>,
         provider: &Arc<Provider>,
         old: &Arc<Known>,
     ) -> Result<Arc<Known>, Failed> {
-        let entry = self.entry(provider);
-        let _turn = entry.turn.lock().await;
+        let entry = inner.metadatas.entry(provider);
+        let turn = Arc::clone(&entry.turn).lock_owned().await;
         {
             let mut state = entry.state.lock();
             match &state.known {
@@ -164,21 +170,26 @@ impl Metadatas {
             }
             state.keys_asked = Some(Instant::now());
         }
-        let asker = Asker::new(fetch, provider);
-        let fetched = JsonWebKeySet::fetch_async(old.metadata.jwks_uri(), &asker).await;
-        match fetched {
-            Ok(keys) => {
-                let metadata = old.metadata.clone().set_jwks(keys);
-                Ok(entry.learn(Known { metadata, fresh_until: old.fresh_until }))
+        let (inner, provider, old) = (Arc::clone(inner), Arc::clone(provider), Arc::clone(old));
+        to_its_end(async move {
+            let _turn = turn;
+            let asker = Asker::new(&inner.fetch, &provider);
+            match JsonWebKeySet::fetch_async(old.metadata.jwks_uri(), &asker).await {
+                Ok(keys) => {
+                    let metadata = old.metadata.clone().set_jwks(keys);
+                    Ok(entry.learn(Known { metadata, fresh_until: old.fresh_until }))
+                }
+                Err(error) => {
+                    let why = undiscovered(error);
+                    tracing::warn!(provider = %provider.id, %why, "a login provider's keys cannot be had");
+                    entry.fail(&why);
+                    // Its pause is the shorter one: the key may be a good one.
+                    entry.state.lock().keys_asked = None;
+                    Err(Failed::Down(why))
+                }
             }
-            Err(error) => {
-                let why = undiscovered(error);
-                let mut state = entry.state.lock();
-                state.failed = Some((Instant::now(), why.clone()));
-                state.keys_asked = None;
-                Err(Failed::Down(why))
-            }
-        }
+        })
+        .await
     }
 
     fn entry(&self, provider: &Provider) -> Arc<Entry> {
@@ -203,7 +214,7 @@ impl Entry {
             issuer: issuer.to_owned(),
             client_id: provider.client_id.clone(),
             state: Mutex::default(),
-            turn: tokio::sync::Mutex::default(),
+            turn: Arc::default(),
         }
     }
 
@@ -226,6 +237,22 @@ impl Entry {
         let mut state = self.state.lock();
         (state.known, state.failed) = (Some(Arc::clone(&known)), None);
         known
+    }
+
+    fn fail(&self, why: &str) {
+        self.state.lock().failed = Some((Instant::now(), why.to_owned()));
+    }
+}
+
+/// Fetches whether or not who wanted it stays: whoever asks and leaves would
+/// otherwise use up the one try that all others wait for. Both fetches end by
+/// themselves, within their deadlines.
+async fn to_its_end<T: Send + 'static>(
+    fetching: impl Future<Output = Result<T, Failed>> + Send + 'static,
+) -> Result<T, Failed> {
+    match tokio::spawn(fetching).await {
+        Ok(done) => done,
+        Err(_) => Err(Failed::Down("it could not be asked".into())),
     }
 }
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::fetch::What;
-use super::metadata::Known;
+use super::metadata::{Known, Metadatas};
 use super::{Ask, Failed, Inner, SKEW, made_now, now, oauth};
 use crate::gate::identity::Identity;
 use crate::model::Provider;
@@ -50,8 +50,8 @@ type IdToken =
     openidconnect::IdToken<More, CoreGenderClaim, CoreJweContentEncryptionAlgorithm, CoreJwsSigningAlgorithm>;
 type Claims = IdTokenClaims<More, CoreGenderClaim>;
 
-pub(super) async fn authorize(inner: &Inner, provider: &Arc<Provider>, ask: Ask<'_>) -> Result<String, Failed> {
-    let known = inner.metadatas.known(&inner.fetch, provider).await?;
+pub(super) async fn authorize(inner: &Arc<Inner>, provider: &Arc<Provider>, ask: Ask<'_>) -> Result<String, Failed> {
+    let known = Metadatas::known(inner, provider).await?;
     let mut scopes = vec!["openid"];
     scopes.extend(provider.scopes.iter().map(String::as_str).filter(|scope| *scope != "openid"));
     let mut more = vec![("nonce", ask.nonce)];
@@ -62,14 +62,14 @@ pub(super) async fn authorize(inner: &Inner, provider: &Arc<Provider>, ask: Ask<
     Ok(oauth::authorize_url(at, provider, &scopes.join(" "), ask, &more))
 }
 
-pub(super) async fn callback_issuer(inner: &Inner, provider: &Arc<Provider>) -> Result<Option<String>, Failed> {
-    let known = inner.metadatas.known(&inner.fetch, provider).await?;
+pub(super) async fn callback_issuer(inner: &Arc<Inner>, provider: &Arc<Provider>) -> Result<Option<String>, Failed> {
+    let known = Metadatas::known(inner, provider).await?;
     let says = known.metadata.additional_metadata().authorization_response_iss_parameter_supported;
     Ok(says.unwrap_or(false).then(|| known.metadata.issuer().as_str().to_owned()))
 }
 
-pub(super) async fn end_session(inner: &Inner, provider: &Arc<Provider>, back: &str) -> Option<String> {
-    let known = inner.metadatas.known(&inner.fetch, provider).await.ok()?;
+pub(super) async fn end_session(inner: &Arc<Inner>, provider: &Arc<Provider>, back: &str) -> Option<String> {
+    let known = Metadatas::known(inner, provider).await.ok()?;
     // That it is https was seen to when the metadata came.
     let mut at = Url::parse(known.metadata.additional_metadata().end_session_endpoint.as_deref()?).ok()?;
     at.set_fragment(None);
@@ -78,12 +78,12 @@ pub(super) async fn end_session(inner: &Inner, provider: &Arc<Provider>, back: &
 }
 
 pub(super) async fn redeem(
-    inner: &Inner,
+    inner: &Arc<Inner>,
     provider: &Arc<Provider>,
     ask: Ask<'_>,
     code: &str,
 ) -> Result<Identity, Failed> {
-    let known = inner.metadatas.known(&inner.fetch, provider).await?;
+    let known = Metadatas::known(inner, provider).await?;
     let endpoint = known.metadata.token_endpoint();
     let endpoint = endpoint.ok_or_else(|| Failed::Refused("its metadata names no token endpoint".into()))?;
     let secret = oauth::secret(provider, inner.fetch.settings().secrets.as_deref()).await?;
@@ -97,7 +97,7 @@ pub(super) async fn redeem(
     let nonce = Nonce::new(ask.nonce.to_owned());
     let claims = match verify(&known, provider, &token, &nonce) {
         Err(error) if wants_newer_keys(&error, text) => {
-            let newer = inner.metadatas.newer_keys(&inner.fetch, provider, &known).await?;
+            let newer = Metadatas::newer_keys(inner, provider, &known).await?;
             verify(&newer, provider, &token, &nonce)
         }
         done => done,

@@ -258,3 +258,19 @@ async fn another_issuer_or_client_is_another_provider() {
     stage.provider = Arc::clone(&other.provider);
     assert!(begin(&stage).await.unwrap().starts_with(&other.fake.url));
 }
+
+#[tokio::test]
+async fn who_asks_and_leaves_does_not_use_up_the_try_of_the_others() {
+    let stage = Arc::new(Stage::new().await);
+    stage.login().await.unwrap();
+    let new = Key::ed25519();
+    stage.fake.json("/keys", json!({"keys": [new.public("k2")]}));
+    stage.give_token(new.token(&json!({"alg": "EdDSA", "kid": "k2"}), &stage.claims()));
+    let asking = Arc::clone(&stage);
+    let leaves = tokio::spawn(async move { asking.login().await });
+    stage.fake.asked("/keys", 2).await;
+    leaves.abort();
+    assert!(leaves.await.is_err());
+    stage.login().await.unwrap();
+    assert_eq!(stage.fake.count("/keys"), 2);
+}
