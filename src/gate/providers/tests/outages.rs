@@ -208,9 +208,10 @@ async fn a_new_key_is_found_and_an_unknown_one_does_not_have_us_ask_on_and_on() 
     sign(&k3, "k3");
     for _ in 0..3 {
         assert!(refused(stage.login().await).contains("does not publish"));
+        later(9 * SECOND).await;
     }
     assert_eq!(stage.fake.count("/keys"), 2);
-    later(31 * SECOND).await;
+    later(4 * SECOND).await;
     stage.login().await.unwrap();
     assert_eq!(stage.fake.count("/keys"), 3);
 
