@@ -2,13 +2,21 @@
 //! serve it, which key may serve which tunnel. Written by the feed's follower
 //! alone, read by every visit; a lookup hands out an `Arc`, never a map guard.
 
-use std::sync::Arc;
+mod inside;
+
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 
+use self::inside::Inside;
+pub use self::inside::Stay;
+use crate::error::Error;
 use crate::model::{AuthorizedKey, HostName, Socket, SocketId, Tunnel, TunnelId};
+use crate::tls::{Client, ClientAuth};
 
 /// All that a visit needs to know of its socket.
 #[derive(Debug)]
@@ -19,6 +27,8 @@ pub struct Route {
     pub tunnels: Vec<TunnelId>,
     /// What outlives a change of the record.
     pub state: Arc<RouteState>,
+    /// What the record asks of visitors' certificates, made when first needed.
+    client_auth: OnceLock<Result<Option<Arc<ClientAuth>>, Error>>,
 }
 
 /// The part of a route that a new version of its record takes over.
@@ -30,6 +40,45 @@ pub struct RouteState {
 }
 
 impl Route {
+    /// What it asks of visitors' certificates; none where it asks for none.
+    ///
+    /// # Errors
+    /// `Internal`: its CAs cannot be used, so nobody comes in.
+    pub fn client_auth(&self) -> Result<Option<&Arc<ClientAuth>>, Error> {
+        let made = self.client_auth.get_or_init(|| {
+            let Some(gate) = &self.socket.gate else { return Ok(None) };
+            ClientAuth::new(gate).map_err(|why| {
+                tracing::error!(socket = self.socket.id.as_str(), why, "client certificates cannot be verified");
+                Error::Internal
+            })
+        });
+        made.as_ref().map(Option::as_ref).map_err(|error| *error)
+    }
+
+    /// Whether visitors from there may come at all.
+    ///
+    /// # Errors
+    /// `Forbidden`.
+    pub fn admits_address(&self, ip: IpAddr) -> Result<(), Error> {
+        let rules = self.socket.gate.as_ref().and_then(|gate| gate.ip.as_ref());
+        if rules.is_none_or(|rules| rules.allows(ip)) { Ok(()) } else { Err(Error::Forbidden) }
+    }
+
+    /// Whether a raw connection from there, of who showed this certificate if any,
+    /// may be here.
+    fn admits_raw(&self, ip: IpAddr, client: Option<&Client>) -> Result<(), Error> {
+        self.admits_address(ip)?;
+        // It was raw when they came, and is HTTP with logins now.
+        if self.socket.gate.as_ref().is_some_and(|gate| gate.asks_identity()) {
+            return Err(Error::Forbidden);
+        }
+        match (self.client_auth()?, client) {
+            (None, _) => Ok(()),
+            (Some(auth), Some(client)) if auth.admits(client) => Ok(()),
+            _ => Err(Error::ClientCertificate),
+        }
+    }
+
     /// The tunnels in the order in which this visit should try them: round
     /// robin over visits.
     pub fn tunnels_in_turn(&self) -> impl Iterator<Item = &TunnelId> {
@@ -51,6 +100,7 @@ pub struct Routes {
     of_socket: DashMap<SocketId, Vec<TunnelId>>,
     by_key: DashMap<Box<str>, Vec<TunnelId>>,
     by_authority: DashMap<Box<str>, Vec<TunnelId>>,
+    inside: Arc<Inside>,
     /// Held by the one writer; guards against a second.
     writer: Mutex<()>,
 }
@@ -78,6 +128,27 @@ impl Routes {
     /// The socket with this id.
     pub fn socket(&self, id: &SocketId) -> Option<Arc<Route>> {
         self.by_id.get(id).map(|r| Arc::clone(&r))
+    }
+
+    /// A place inside for a raw connection that found its way to `route`, where the
+    /// socket's record, as it is now, admits it. `cut` is cancelled when it no longer
+    /// does.
+    ///
+    /// # Errors
+    /// `Forbidden`, `ClientCertificate`, or `Internal` where that cannot be told.
+    pub fn let_in(
+        &self,
+        route: &Route,
+        ip: IpAddr,
+        client: Option<Client>,
+        cut: CancellationToken,
+    ) -> Result<Stay, Error> {
+        let stay = self.inside.enter(&route.socket.id, ip, client, cut);
+        // Looked up once it is registered: of a change before this is the outcome, and
+        // a later one finds it inside.
+        let now = self.socket(&route.socket.id);
+        now.as_deref().unwrap_or(route).admits_raw(ip, stay.client())?;
+        Ok(stay)
     }
 
     /// The tunnel with this id.
@@ -144,7 +215,12 @@ impl Routes {
         let old = self.by_id.get(&socket.id).map(|r| Arc::clone(&r));
         let tunnels = self.of_socket.get(&socket.id).map(|t| t.clone()).unwrap_or_default();
         let state = old.as_ref().map(|r| Arc::clone(&r.state)).unwrap_or_default();
-        self.publish(Arc::new(Route { socket, tunnels, state }), old.as_deref());
+        let same_gate = old.as_ref().is_some_and(|old| old.socket.gate == socket.gate);
+        let new = Arc::new(Route { socket, tunnels, state, client_auth: OnceLock::new() });
+        self.publish(Arc::clone(&new), old.as_deref());
+        if !same_gate {
+            self.inside.sift(&new.socket.id, |guest| new.admits_raw(guest.ip, guest.client.as_ref()));
+        }
     }
 
     /// Takes a socket out. Visits that hold its `Arc` go on.
@@ -214,7 +290,8 @@ impl Routes {
     fn republish(&self, id: &SocketId) {
         if let Some(old) = self.socket(id) {
             let tunnels = self.of_socket.get(id).map(|t| t.clone()).unwrap_or_default();
-            let new = Route { socket: old.socket.clone(), tunnels, state: Arc::clone(&old.state) };
+            let client_auth = old.client_auth.clone();
+            let new = Route { socket: old.socket.clone(), tunnels, state: Arc::clone(&old.state), client_auth };
             self.publish(Arc::new(new), Some(&old));
         }
     }
