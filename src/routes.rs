@@ -441,4 +441,52 @@ mod tests {
         routes.remove_tunnel(&one);
         assert_eq!(routes.by_host("a.test").unwrap().tunnels, [two]);
     }
+
+    fn with_gate(gate: serde_json::Value) -> Socket {
+        let record = serde_json::json!({"type": "tcp", "ports": [20000], "gate": gate});
+        Socket::from_record(&"a".parse().unwrap(), record.as_object().cloned().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_changed_gate_puts_out_whom_it_no_longer_admits_and_lets_nobody_in_who_came_before_it() {
+        let routes = Routes::default();
+        let (one, two) = ("127.0.0.1".parse().unwrap(), "127.0.0.2".parse().unwrap());
+        let deny = |ip: IpAddr| with_gate(serde_json::json!({"ip": {"deny": [ip.to_string()]}}));
+        let enter = |route: &Route, ip| routes.let_in(route, ip, None, CancellationToken::new());
+        routes.put_socket(with_gate(serde_json::Value::Null));
+        let before = routes.by_port(20000).unwrap();
+        let (first, second) = (enter(&before, one).unwrap(), enter(&before, two).unwrap());
+        routes.put_socket(deny(one));
+        assert!(first.cut().is_cancelled() && first.allowed() == Err(Error::Forbidden));
+        assert!(!second.cut().is_cancelled() && second.allowed().is_ok());
+        // Who found their way by the record before it.
+        assert_eq!(enter(&before, one).unwrap_err(), Error::Forbidden);
+        let third = enter(&before, two).unwrap();
+        // A socket that is gone ends nobody; one that comes back has a say.
+        routes.remove_socket(&before.socket.id);
+        assert!(!second.cut().is_cancelled());
+        routes.put_socket(deny(two));
+        assert!(second.cut().is_cancelled() && third.cut().is_cancelled());
+        drop((first, second, third));
+        assert_eq!(routes.inside.len(), 0);
+    }
+
+    #[test]
+    fn a_raw_visitor_has_no_place_in_what_asks_for_a_login_or_a_certificate_now() {
+        let routes = Routes::default();
+        routes.put_socket(with_gate(serde_json::Value::Null));
+        let route = routes.by_port(20000).unwrap();
+        let stay = || routes.let_in(&route, "127.0.0.1".parse().unwrap(), None, CancellationToken::new());
+        let ca = rcgen::generate_simple_self_signed(["ca.test".to_owned()]).unwrap().cert.pem();
+        let certificates = serde_json::json!({"client_certificates": {"ca_pem": ca, "allow_subjects": ["*"]}});
+        let login = serde_json::json!({"service_tokens": [{"name": "t", "token_hash": "00".repeat(32)}]});
+        for (kind, gate, error) in [("tls", certificates, Error::ClientCertificate), ("http", login, Error::Forbidden)]
+        {
+            let inside = stay().unwrap();
+            let record = serde_json::json!({"type": kind, "gate": gate});
+            routes.put_socket(Socket::from_record(&route.socket.id, record.as_object().cloned().unwrap()).unwrap());
+            assert_eq!((inside.allowed(), stay().unwrap_err()), (Err(error), error));
+            routes.put_socket(with_gate(serde_json::Value::Null));
+        }
+    }
 }

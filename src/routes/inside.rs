@@ -52,6 +52,12 @@ impl Inside {
         stay
     }
 
+    /// How many sockets have somebody inside.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.by_socket.len()
+    }
+
     /// Puts out whom `may_stay` refuses. None of the map's locks is held meanwhile.
     pub(super) fn sift(&self, socket: &SocketId, may_stay: impl Fn(&Guest) -> Result<(), Error>) {
         let guests: Vec<Arc<Guest>> = match self.by_socket.get(socket) {
