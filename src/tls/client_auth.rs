@@ -16,6 +16,11 @@ use super::Shown;
 use crate::model::client_certificate::ClientCertificate;
 use crate::model::gate::{ClientCertificates, Gate};
 
+/// The CAs' names go into every handshake, to help visitors choose a certificate.
+/// More than this is left out: it would be slow for all, and above 64 KiB is nothing
+/// that the protocol can say.
+const HINTS_MAX: usize = 16 << 10;
+
 /// What one version of a socket's record asks of visitors' certificates, ready
 /// for handshakes.
 pub struct ClientAuth {
@@ -40,9 +45,13 @@ impl ClientAuth {
     pub fn new(gate: &Arc<Gate>) -> Result<Option<Arc<Self>>, String> {
         let Some(asked) = &gate.client_certificates else { return Ok(None) };
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let chains = WebPkiClientVerifier::builder_with_provider(Arc::new(asked.roots()?), provider)
-            .build()
-            .map_err(|e| format!("ca_pem cannot be used: {e}"))?;
+        let roots = asked.roots()?;
+        let names: usize = roots.subjects().iter().map(|name| name.as_ref().len()).sum();
+        let mut chains = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+        if names > HINTS_MAX {
+            chains = chains.clear_root_hint_subjects();
+        }
+        let chains = chains.build().map_err(|e| format!("ca_pem cannot be used: {e}"))?;
         let verifier = Arc::new(Verifier { gate: Arc::clone(gate), chains });
         Ok(Some(Arc::new(Self { verifier, last: Mutex::default() })))
     }
@@ -150,5 +159,35 @@ impl fmt::Debug for ClientAuth {
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("certificate", &self.certificate).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_cas_are_named_to_visitors_and_very_many_are_not() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let bundle = |count: usize| -> String {
+            let made = (0..count).map(|n| {
+                let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+                params.distinguished_name.push(rcgen::DnType::CommonName, format!("{n} {}", "x".repeat(200)));
+                params.self_signed(&key).unwrap().pem()
+            });
+            made.collect()
+        };
+        for (count, hints) in [(1, 1), (50, 50), (100, 0)] {
+            let asked = ClientCertificates {
+                ca_pem: bundle(count),
+                allow_subjects: Vec::new(),
+                allow_emails: Vec::new(),
+                revoked_serials: Vec::new(),
+            };
+            let gate = Arc::new(Gate { client_certificates: Some(asked), ..Gate::default() });
+            let auth = ClientAuth::new(&gate).unwrap().unwrap();
+            assert_eq!(auth.verifier.root_hint_subjects().len(), hints);
+        }
+        assert!(ClientAuth::new(&Arc::default()).unwrap().is_none());
     }
 }
