@@ -159,7 +159,7 @@ pub fn parse_v2(command: u8, family: u8, rest: &[u8]) -> Option<Option<Told>> {
         let (destination, rest) = rest.split_first_chunk::<LEN>()?;
         Some((IpAddr::from(*source), IpAddr::from(*destination), rest))
     }
-    let rest_whole = rest;
+    let all = rest;
     let (source, destination, rest) = match family {
         0x11 => addresses::<4>(rest)?,
         0x21 => addresses::<16>(rest)?,
@@ -174,8 +174,8 @@ pub fn parse_v2(command: u8, family: u8, rest: &[u8]) -> Option<Option<Told>> {
         let (value, after) = after.split_at_checked(usize::from(u16::from_be_bytes([*high, *low])))?;
         if *kind == CRC32C {
             // §2.2.4: whoever knows it must refuse what does not agree with it.
-            let len = u16::try_from(rest_whole.len()).ok()?.to_be_bytes();
-            let mut whole = [SIGNATURE.as_slice(), &[command, family], &len, rest_whole].concat();
+            let len = u16::try_from(all.len()).ok()?.to_be_bytes();
+            let mut whole = [SIGNATURE.as_slice(), &[command, family], &len, all].concat();
             let at = whole.len() - tlvs.len() + 3;
             whole.get_mut(at..at + value.len())?.fill(0);
             if value != crc32c(&whole).to_be_bytes() {
@@ -214,7 +214,7 @@ pub struct Ssl<'a> {
     pub common_name: Option<&'a str>,
 }
 
-/// The longest common name that is told: a record names none that is longer.
+/// The longest common name that is told (X.520 has them end at 64).
 const NAME_MAX: usize = 256;
 
 impl Ssl<'_> {

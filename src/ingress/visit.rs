@@ -174,7 +174,10 @@ impl Ingress {
             let stay = self.parts.routes.let_in(route, visitor.ip(), client, cut)?;
             let place = dialer.admit(route)?;
             routed = start.elapsed();
-            let mut dialed = dialer.dial(dialer.ways(route), visitor).await?;
+            let mut dialed = tokio::select! {
+                dialed = dialer.dial(dialer.ways(route), visitor) => dialed?,
+                () = stay.cut().cancelled() => return Err(stay.allowed().err().unwrap_or(Error::Draining)),
+            };
             stay.allowed()?;
             if let Some(proxy) = route.socket.proxy_protocol {
                 let authority = sni.as_ref().map(HostName::as_str);

@@ -135,6 +135,7 @@ fn write_attribute(attribute: &AttributeTypeAndValue<'_>, text: &mut String) -> 
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use rcgen::{CertificateParams, DnType, DnValue, KeyPair, SanType, SerialNumber};
 
     use super::*;
@@ -280,5 +281,19 @@ mod tests {
         let bytes = certificate(&[], &[], 1).der().to_vec();
         assert!(ClientCertificate::read(&[&bytes[..], b"x"].concat()).is_none());
         assert!(ClientCertificate::read(&bytes[..40]).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn no_certificate_makes_it_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+            static GOOD: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(|| {
+                certificate(&[(DnType::CommonName, utf8("ann"))], &["ann@acme.test"], 1).der().to_vec()
+            });
+            let mut bytes = GOOD.clone();
+            for (at, byte) in changes {
+                *at.get_mut(&mut bytes) = byte;
+            }
+            let _ = ClientCertificate::read(&bytes);
+        }
     }
 }

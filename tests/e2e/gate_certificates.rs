@@ -116,7 +116,7 @@ impl ResolvesClientCert for Shows {
 struct Scene {
     node: Node,
     origin: Origin,
-    _ssh: Ssh,
+    ssh: Ssh,
     record: Value,
     addr: SocketAddr,
 }
@@ -136,7 +136,7 @@ impl Scene {
             true => node.addr("https"),
             false => SocketAddr::new(node.ip, node.port_of("db").await),
         };
-        Self { node, origin, _ssh: ssh, record, addr }
+        Self { node, origin, ssh, record, addr }
     }
 
     /// A tls socket that asks for certificates.
@@ -530,6 +530,19 @@ async fn a_changed_rule_ends_what_it_no_longer_allows_and_nothing_else() {
     is_cut(&mut successor).await;
     // Four cut, and two told at the door twice.
     scene.counts("client_certificate", 8.0).await;
+    scene.counts("forbidden", 1.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_still_waits_for_the_origin_is_cut_by_a_changed_rule_too() {
+    let scene = Scene::new(json!({"type": "tcp"})).await;
+    // Its client does not answer: a visit waits up to dial.deadline, 15 s.
+    scene.ssh.program.signal("STOP");
+    let mut waiting: Io = Box::new(TcpStream::connect(scene.addr).await.unwrap());
+    let raw = "adit_raw_connections{type=\"tcp\"}";
+    eventually("a visit", async || (scene.node.metric(raw).await == 1.0).then_some(())).await;
+    scene.gate(json!({"ip": {"deny": ["127.0.0.0/8"]}})).await;
+    is_cut(&mut waiting).await;
     scene.counts("forbidden", 1.0).await;
 }
 
