@@ -73,6 +73,10 @@ errors! {
     ProxyHeader: Visitor, "proxy_header", 400, DEBUG, "The connection does not say whom it is from.";
     /// The TLS handshake failed or timed out.
     TlsHandshake: Visitor, "tls_handshake", 400, DEBUG, "The TLS handshake failed.";
+    /// The visitor's certificate is not one that may come, or there is none.
+    ClientCertificate: Visitor, "client_certificate", 403, DEBUG, "Your certificate is not accepted here.";
+    /// The socket's rules keep this visitor out.
+    Forbidden: Visitor, "forbidden", 403, DEBUG, "You may not visit this service.";
     /// The visitor went away or reset the connection.
     VisitorGone: Visitor, "visitor_gone", 499, DEBUG, "The visitor went away.";
     /// The visitor stopped reading while it held up its tunnel.

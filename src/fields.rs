@@ -383,12 +383,21 @@ impl Network {
     }
 }
 
+/// IPv4-mapped addresses are written as the IPv4 addresses they are, since that is
+/// what they are compared with.
+fn unmapped(network: IpNet) -> IpNet {
+    match (network.addr().to_canonical(), network.prefix_len().checked_sub(96)) {
+        (ip @ IpAddr::V4(_), Some(len)) if matches!(network, IpNet::V6(_)) => IpNet::new(ip, len).unwrap_or(network),
+        _ => network,
+    }
+}
+
 impl Field for Network {
     const EXPECTED: &'static str = "a network like \"10.0.0.0/8\" or \"fd00::/8\", or an address";
     fn from_value(value: &Value) -> Result<Self, String> {
         let text = value.as_str().ok_or_else(|| format!("is {}", kind(value)))?;
         let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        network.map(Self).map_err(|_| format!("\"{}\" is not a network", text.escape_debug()))
+        network.map(unmapped).map(Self).map_err(|_| format!("\"{}\" is not a network", text.escape_debug()))
     }
 }
 

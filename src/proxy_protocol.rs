@@ -159,6 +159,7 @@ pub fn parse_v2(command: u8, family: u8, rest: &[u8]) -> Option<Option<Told>> {
         let (destination, rest) = rest.split_first_chunk::<LEN>()?;
         Some((IpAddr::from(*source), IpAddr::from(*destination), rest))
     }
+    let all = rest;
     let (source, destination, rest) = match family {
         0x11 => addresses::<4>(rest)?,
         0x21 => addresses::<16>(rest)?,
@@ -169,8 +170,19 @@ pub fn parse_v2(command: u8, family: u8, rest: &[u8]) -> Option<Option<Told>> {
     let (ports, mut tlvs) = rest.split_first_chunk::<4>()?;
     let [a, b, c, d] = *ports;
     while !tlvs.is_empty() {
-        let ([_, high, low], after) = tlvs.split_first_chunk::<3>()?;
-        tlvs = after.get(usize::from(u16::from_be_bytes([*high, *low]))..)?;
+        let ([kind, high, low], after) = tlvs.split_first_chunk::<3>()?;
+        let (value, after) = after.split_at_checked(usize::from(u16::from_be_bytes([*high, *low])))?;
+        if *kind == CRC32C {
+            // §2.2.4: whoever knows it must refuse what does not agree with it.
+            let len = u16::try_from(all.len()).ok()?.to_be_bytes();
+            let mut whole = [SIGNATURE.as_slice(), &[command, family], &len, all].concat();
+            let at = whole.len() - tlvs.len() + 3;
+            whole.get_mut(at..at + value.len())?.fill(0);
+            if value != crc32c(&whole).to_be_bytes() {
+                return None;
+            }
+        }
+        tlvs = after;
     }
     Some(Some(Told {
         source: SocketAddr::new(source, u16::from_be_bytes([a, b])),
@@ -189,8 +201,60 @@ pub struct Extras<'a> {
     pub unique_id: &'a [u8],
 }
 
+/// The visitor's TLS connection, where it ended here (§2.2.6).
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Ssl<'a> {
+    /// `TLSv1.3`.
+    pub version: Option<&'a str>,
+    /// The cipher suite, as OpenSSL calls it.
+    pub cipher: Option<&'a str>,
+    /// Whether the visitor showed a certificate, which then was verified.
+    pub certified: bool,
+    /// The common name of its subject.
+    pub common_name: Option<&'a str>,
+}
+
+/// The longest common name that is told (X.520 has them end at 64).
+const NAME_MAX: usize = 256;
+
+impl Ssl<'_> {
+    fn value(&self) -> Vec<u8> {
+        // PP2_CLIENT_SSL, and PP2_CLIENT_CERT_CONN with _SESS: sessions that show a
+        // certificate are never resumed.
+        let client = if self.certified { 0x07 } else { 0x01 };
+        let mut value = vec![client];
+        value.extend_from_slice(&u32::from(!self.certified).to_be_bytes());
+        tlv(&mut value, 0x21, self.version.unwrap_or_default().as_bytes());
+        // A name that an origin could take for another by half is left out.
+        let name = self.common_name.filter(|cn| cn.len() <= NAME_MAX && !cn.chars().any(char::is_control));
+        tlv(&mut value, 0x22, name.unwrap_or_default().as_bytes());
+        tlv(&mut value, 0x23, self.cipher.unwrap_or_default().as_bytes());
+        value
+    }
+}
+
+/// Type, length, value; nothing where there is none.
+fn tlv(to: &mut Vec<u8>, kind: u8, value: &[u8]) {
+    if let (false, Ok(len)) = (value.is_empty(), u16::try_from(value.len())) {
+        to.push(kind);
+        to.extend_from_slice(&len.to_be_bytes());
+        to.extend_from_slice(value);
+    }
+}
+
+/// PP2_TYPE_CRC32C: over the whole header, itself as zeros (§2.2.4).
+const CRC32C: u8 = 0x03;
+
+/// RFC 9260 appendix A: the polynomial 0x1EDC6F41, reflected.
+fn crc32c(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, byte: &u8| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0x82F6_3B78 } else { crc >> 1 })
+    };
+    !bytes.iter().fold(!0, step)
+}
+
 /// The header that an origin gets.
-pub fn write(version: Version, told: Told, extras: Extras<'_>) -> Vec<u8> {
+pub fn write(version: Version, told: Told, extras: Extras<'_>, ssl: Option<Ssl<'_>>) -> Vec<u8> {
     let (mut source, mut destination) = (told.source, told.destination);
     if source.is_ipv4() != destination.is_ipv4() {
         // One family for both: what is IPv4 has a form in IPv6.
@@ -217,19 +281,19 @@ pub fn write(version: Version, told: Told, extras: Extras<'_>) -> Vec<u8> {
             for port in [source.port(), destination.port()] {
                 rest.extend_from_slice(&port.to_be_bytes());
             }
-            let mut tlv = |kind: u8, value: &[u8]| {
-                if let (false, Ok(len)) = (value.is_empty(), u16::try_from(value.len())) {
-                    rest.push(kind);
-                    rest.extend_from_slice(&len.to_be_bytes());
-                    rest.extend_from_slice(value);
-                }
-            };
-            tlv(0x01, extras.alpn.unwrap_or_default());
-            tlv(0x02, extras.authority.unwrap_or_default().as_bytes());
-            tlv(0x05, extras.unique_id);
+            tlv(&mut rest, 0x01, extras.alpn.unwrap_or_default());
+            tlv(&mut rest, 0x02, extras.authority.unwrap_or_default().as_bytes());
+            tlv(&mut rest, 0x05, extras.unique_id);
+            tlv(&mut rest, 0x20, &ssl.map(|ssl| ssl.value()).unwrap_or_default());
+            // Last, so that its value is the end of the header.
+            tlv(&mut rest, CRC32C, &[0; 4]);
             let family = if source.is_ipv4() { 0x11 } else { 0x21 };
             let len = u16::try_from(rest.len()).unwrap_or(u16::MAX).to_be_bytes();
-            [SIGNATURE.as_slice(), &[0x21, family], &len, &rest].concat()
+            let mut header = [SIGNATURE.as_slice(), &[0x21, family], &len, &rest].concat();
+            let crc = crc32c(&header).to_be_bytes();
+            header.truncate(header.len() - crc.len());
+            header.extend_from_slice(&crc);
+            header
         }
     }
 }
@@ -239,8 +303,22 @@ pub fn write(version: Version, told: Told, extras: Extras<'_>) -> Vec<u8> {
 /// # Errors
 /// `OriginReset`, or what the stream knows.
 pub async fn tell(stream: &mut Stream, version: Version, visitor: &Visitor, extras: Extras<'_>) -> Result<(), Error> {
+    tell_of_tls(stream, version, visitor, extras, None).await
+}
+
+/// The same of a visitor whose TLS ended here.
+///
+/// # Errors
+/// As of `tell`.
+pub async fn tell_of_tls(
+    stream: &mut Stream,
+    version: Version,
+    visitor: &Visitor,
+    extras: Extras<'_>,
+    ssl: Option<Ssl<'_>>,
+) -> Result<(), Error> {
     let told = Told { source: visitor.addr, destination: visitor.local };
-    let header = write(version, told, extras);
+    let header = write(version, told, extras, ssl);
     let written = async {
         stream.write_all(&header).await?;
         stream.flush().await
@@ -304,6 +382,46 @@ mod tests {
         (read, rest)
     }
 
+    const SSL: Ssl<'_> = Ssl {
+        version: Some("TLSv1.3"),
+        cipher: Some("TLS_AES_128_GCM_SHA256"),
+        certified: true,
+        common_name: Some("ann"),
+    };
+
+    #[test]
+    fn the_checksum_is_crc32c_and_no_changed_bit_passes() {
+        assert_eq!(crc32c(b"123456789"), 0xE306_9283);
+        assert_eq!(crc32c(&[0; 32]), 0x8A91_36AA);
+        let told = told("203.0.113.7:40000", "192.0.2.1:443");
+        let whole = write(Version::V2, told, Extras { unique_id: b"id", ..Extras::default() }, Some(SSL));
+        let (_, rest) = whole.split_at(16);
+        assert_eq!(parse_v2(0x21, 0x11, rest), Some(Some(told)));
+        for bit in 0..rest.len() * 8 {
+            let mut changed = rest.to_vec();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            // Of these the checksum's own type would leave nothing to be checked.
+            let own_type = bit / 8 == rest.len() - 7;
+            assert!(own_type || parse_v2(0x21, 0x11, &changed).is_none(), "bit {bit}");
+        }
+    }
+
+    /// Byte by byte, as §2.2.6 has it.
+    #[test]
+    fn tls_and_a_certificate_are_told_in_pp2_type_ssl() {
+        let sub = |kind: u8, text: &str| [&[kind, 0, u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
+        let version_and_cipher = (sub(0x21, "TLSv1.3"), sub(0x23, "TLS_AES_128_GCM_SHA256"));
+        let (version, cipher) = &version_and_cipher;
+        assert_eq!(SSL.value(), [&[7, 0, 0, 0, 0], &version[..], &sub(0x22, "ann"), cipher].concat());
+        let none = Ssl { certified: false, common_name: None, ..SSL };
+        assert_eq!(none.value(), [&[1, 0, 0, 0, 1], &version[..], cipher].concat());
+        let long = "a".repeat(NAME_MAX + 1);
+        for odd in ["ann\0.evil", "ann\nx", long.as_str()] {
+            let odd = Ssl { common_name: Some(odd), ..SSL };
+            assert_eq!(odd.value(), [&[7, 0, 0, 0, 0], &version[..], cipher].concat());
+        }
+    }
+
     #[tokio::test]
     async fn a_header_is_read_and_not_one_byte_more() {
         let four = told("203.0.113.7:40000", "192.0.2.1:443");
@@ -311,7 +429,7 @@ mod tests {
         let extras = Extras { alpn: Some(b"h2"), authority: Some("web.test"), unique_id: b"id" };
         for (version, told) in [(Version::V1, four), (Version::V1, six), (Version::V2, four), (Version::V2, six)] {
             for step in [1, 5, 1000] {
-                let bytes = [write(version, told, extras), b"PROXY is what follows\n".to_vec()].concat();
+                let bytes = [write(version, told, extras, Some(SSL)), b"PROXY is what follows\n".to_vec()].concat();
                 let (read, rest) = reads(&bytes, step).await;
                 assert_eq!((read.unwrap(), rest.as_slice()), (Some(told), b"PROXY is what follows\n".as_slice()));
             }
@@ -363,10 +481,10 @@ mod tests {
     #[test]
     fn families_are_not_mixed() {
         let mixed = told("203.0.113.7:1", "[2001:db8::1]:2");
-        let line = write(Version::V1, mixed, Extras::default());
+        let line = write(Version::V1, mixed, Extras::default(), None);
         assert_eq!(line, b"PROXY TCP6 ::ffff:203.0.113.7 2001:db8::1 1 2\r\n");
         assert!(parse_v1(&line).is_some());
-        assert_eq!(write(Version::V2, mixed, Extras::default())[13], 0x21);
+        assert_eq!(write(Version::V2, mixed, Extras::default(), None)[13], 0x21);
         assert_ne!(unique_id(), unique_id());
     }
 

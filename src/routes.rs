@@ -2,13 +2,21 @@
 //! serve it, which key may serve which tunnel. Written by the feed's follower
 //! alone, read by every visit; a lookup hands out an `Arc`, never a map guard.
 
-use std::sync::Arc;
+mod inside;
+
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 
+use self::inside::Inside;
+pub use self::inside::Stay;
+use crate::error::Error;
 use crate::model::{AuthorizedKey, HostName, Socket, SocketId, Tunnel, TunnelId};
+use crate::tls::{Client, ClientAuth};
 
 /// All that a visit needs to know of its socket.
 #[derive(Debug)]
@@ -19,6 +27,8 @@ pub struct Route {
     pub tunnels: Vec<TunnelId>,
     /// What outlives a change of the record.
     pub state: Arc<RouteState>,
+    /// What the record asks of visitors' certificates, made when first needed.
+    client_auth: OnceLock<Result<Option<Arc<ClientAuth>>, Error>>,
 }
 
 /// The part of a route that a new version of its record takes over.
@@ -30,6 +40,45 @@ pub struct RouteState {
 }
 
 impl Route {
+    /// What it asks of visitors' certificates; none where it asks for none.
+    ///
+    /// # Errors
+    /// `Internal`: its CAs cannot be used, so nobody comes in.
+    pub fn client_auth(&self) -> Result<Option<&Arc<ClientAuth>>, Error> {
+        let made = self.client_auth.get_or_init(|| {
+            let Some(gate) = &self.socket.gate else { return Ok(None) };
+            ClientAuth::new(gate).map_err(|why| {
+                tracing::error!(socket = self.socket.id.as_str(), why, "client certificates cannot be verified");
+                Error::Internal
+            })
+        });
+        made.as_ref().map(Option::as_ref).map_err(|error| *error)
+    }
+
+    /// Whether visitors from there may come at all.
+    ///
+    /// # Errors
+    /// `Forbidden`.
+    pub fn admits_address(&self, ip: IpAddr) -> Result<(), Error> {
+        let rules = self.socket.gate.as_ref().and_then(|gate| gate.ip.as_ref());
+        if rules.is_none_or(|rules| rules.allows(ip)) { Ok(()) } else { Err(Error::Forbidden) }
+    }
+
+    /// Whether a raw connection from there, of who showed this certificate if any,
+    /// may be here.
+    fn admits_raw(&self, ip: IpAddr, client: Option<&Client>) -> Result<(), Error> {
+        self.admits_address(ip)?;
+        // It was raw when they came, and is HTTP with logins now.
+        if self.socket.gate.as_ref().is_some_and(|gate| gate.asks_identity()) {
+            return Err(Error::Forbidden);
+        }
+        match (self.client_auth()?, client) {
+            (None, _) => Ok(()),
+            (Some(auth), Some(client)) if auth.admits(client) => Ok(()),
+            _ => Err(Error::ClientCertificate),
+        }
+    }
+
     /// The tunnels in the order in which this visit should try them: round
     /// robin over visits.
     pub fn tunnels_in_turn(&self) -> impl Iterator<Item = &TunnelId> {
@@ -51,6 +100,7 @@ pub struct Routes {
     of_socket: DashMap<SocketId, Vec<TunnelId>>,
     by_key: DashMap<Box<str>, Vec<TunnelId>>,
     by_authority: DashMap<Box<str>, Vec<TunnelId>>,
+    inside: Arc<Inside>,
     /// Held by the one writer; guards against a second.
     writer: Mutex<()>,
 }
@@ -78,6 +128,27 @@ impl Routes {
     /// The socket with this id.
     pub fn socket(&self, id: &SocketId) -> Option<Arc<Route>> {
         self.by_id.get(id).map(|r| Arc::clone(&r))
+    }
+
+    /// A place inside for a raw connection that found its way to `route`, where the
+    /// socket's record, as it is now, admits it. `cut` is cancelled when it no longer
+    /// does.
+    ///
+    /// # Errors
+    /// `Forbidden`, `ClientCertificate`, or `Internal` where that cannot be told.
+    pub fn let_in(
+        &self,
+        route: &Route,
+        ip: IpAddr,
+        client: Option<Client>,
+        cut: CancellationToken,
+    ) -> Result<Stay, Error> {
+        let stay = self.inside.enter(&route.socket.id, ip, client, cut);
+        // Looked up once it is registered: of a change before this is the outcome, and
+        // a later one finds it inside.
+        let now = self.socket(&route.socket.id);
+        now.as_deref().unwrap_or(route).admits_raw(ip, stay.client())?;
+        Ok(stay)
     }
 
     /// The tunnel with this id.
@@ -144,7 +215,12 @@ impl Routes {
         let old = self.by_id.get(&socket.id).map(|r| Arc::clone(&r));
         let tunnels = self.of_socket.get(&socket.id).map(|t| t.clone()).unwrap_or_default();
         let state = old.as_ref().map(|r| Arc::clone(&r.state)).unwrap_or_default();
-        self.publish(Arc::new(Route { socket, tunnels, state }), old.as_deref());
+        let same_gate = old.as_ref().is_some_and(|old| old.socket.gate == socket.gate);
+        let new = Arc::new(Route { socket, tunnels, state, client_auth: OnceLock::new() });
+        self.publish(Arc::clone(&new), old.as_deref());
+        if !same_gate {
+            self.inside.sift(&new.socket.id, |guest| new.admits_raw(guest.ip, guest.client.as_ref()));
+        }
     }
 
     /// Takes a socket out. Visits that hold its `Arc` go on.
@@ -214,7 +290,8 @@ impl Routes {
     fn republish(&self, id: &SocketId) {
         if let Some(old) = self.socket(id) {
             let tunnels = self.of_socket.get(id).map(|t| t.clone()).unwrap_or_default();
-            let new = Route { socket: old.socket.clone(), tunnels, state: Arc::clone(&old.state) };
+            let client_auth = old.client_auth.clone();
+            let new = Route { socket: old.socket.clone(), tunnels, state: Arc::clone(&old.state), client_auth };
             self.publish(Arc::new(new), Some(&old));
         }
     }
@@ -363,5 +440,53 @@ mod tests {
         assert_eq!(firsts, [one.clone(), two.clone(), one.clone(), two.clone()]);
         routes.remove_tunnel(&one);
         assert_eq!(routes.by_host("a.test").unwrap().tunnels, [two]);
+    }
+
+    fn with_gate(gate: serde_json::Value) -> Socket {
+        let record = serde_json::json!({"type": "tcp", "ports": [20000], "gate": gate});
+        Socket::from_record(&"a".parse().unwrap(), record.as_object().cloned().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_changed_gate_puts_out_whom_it_no_longer_admits_and_lets_nobody_in_who_came_before_it() {
+        let routes = Routes::default();
+        let (one, two) = ("127.0.0.1".parse().unwrap(), "127.0.0.2".parse().unwrap());
+        let deny = |ip: IpAddr| with_gate(serde_json::json!({"ip": {"deny": [ip.to_string()]}}));
+        let enter = |route: &Route, ip| routes.let_in(route, ip, None, CancellationToken::new());
+        routes.put_socket(with_gate(serde_json::Value::Null));
+        let before = routes.by_port(20000).unwrap();
+        let (first, second) = (enter(&before, one).unwrap(), enter(&before, two).unwrap());
+        routes.put_socket(deny(one));
+        assert!(first.cut().is_cancelled() && first.allowed() == Err(Error::Forbidden));
+        assert!(!second.cut().is_cancelled() && second.allowed().is_ok());
+        // Who found their way by the record before it.
+        assert_eq!(enter(&before, one).unwrap_err(), Error::Forbidden);
+        let third = enter(&before, two).unwrap();
+        // A socket that is gone ends nobody; one that comes back has a say.
+        routes.remove_socket(&before.socket.id);
+        assert!(!second.cut().is_cancelled());
+        routes.put_socket(deny(two));
+        assert!(second.cut().is_cancelled() && third.cut().is_cancelled());
+        drop((first, second, third));
+        assert_eq!(routes.inside.len(), 0);
+    }
+
+    #[test]
+    fn a_raw_visitor_has_no_place_in_what_asks_for_a_login_or_a_certificate_now() {
+        let routes = Routes::default();
+        routes.put_socket(with_gate(serde_json::Value::Null));
+        let route = routes.by_port(20000).unwrap();
+        let stay = || routes.let_in(&route, "127.0.0.1".parse().unwrap(), None, CancellationToken::new());
+        let ca = rcgen::generate_simple_self_signed(["ca.test".to_owned()]).unwrap().cert.pem();
+        let certificates = serde_json::json!({"client_certificates": {"ca_pem": ca, "allow_subjects": ["*"]}});
+        let login = serde_json::json!({"service_tokens": [{"name": "t", "token_hash": "00".repeat(32)}]});
+        for (kind, gate, error) in [("tls", certificates, Error::ClientCertificate), ("http", login, Error::Forbidden)]
+        {
+            let inside = stay().unwrap();
+            let record = serde_json::json!({"type": kind, "gate": gate});
+            routes.put_socket(Socket::from_record(&route.socket.id, record.as_object().cloned().unwrap()).unwrap());
+            assert_eq!((inside.allowed(), stay().unwrap_err()), (Err(error), error));
+            routes.put_socket(with_gate(serde_json::Value::Null));
+        }
     }
 }

@@ -15,11 +15,11 @@ use crate::http::{Protocol, Tls, Via};
 use crate::limits::{AddressPermit, Permit};
 use crate::metrics::Present;
 use crate::model::{HostName, SocketType, Visitor};
-use crate::proxy_protocol::{self, Extras};
-use crate::relay::relay;
+use crate::proxy_protocol::{self, Extras, Ssl};
+use crate::relay::{End, relay};
 use crate::routes::Route;
 use crate::stream::Stream;
-use crate::tls::Purpose;
+use crate::tls::{Client, Purpose};
 use crate::visit_log::{self, Legs, Sink, Visit, What};
 
 /// What a raw connection came in.
@@ -29,6 +29,10 @@ struct Outer {
     tls: Option<Duration>,
     /// The name asked for in it, or in the one that is passed through.
     sni: Option<HostName>,
+    /// Its version and cipher suite.
+    spoken: (Option<&'static str>, Option<&'static str>),
+    /// Whose certificate the visitor showed in it.
+    client: Option<Client>,
 }
 
 impl Ingress {
@@ -78,15 +82,37 @@ impl Ingress {
     async fn by_port(&self, tcp: TcpStream, visitor: &Visitor) -> Result<(), Error> {
         let route = self.parts.routes.by_port(visitor.local.port()).ok_or(Error::NoSocket)?;
         let stream = Stream::tcp(tcp);
-        match route.socket.kind {
-            SocketType::Tls => {
+        if route.socket.kind != SocketType::Tls {
+            self.raw(&route, visitor, stream, Outer::default()).await;
+            return Ok(());
+        }
+        let begun = (SystemTime::now(), Instant::now());
+        // Whom the rules keep out costs no handshake.
+        let made = match route.admits_address(visitor.ip()).and_then(|()| route.client_auth()) {
+            Ok(asked) => {
                 let own = &route.socket.hostnames;
-                let begun = Instant::now();
-                let tls = self.parts.tls.accept(stream, Purpose::Raw { own }).await?;
-                let outer = Outer { tls: Some(begun.elapsed()), sni: tls.sni };
+                let purpose = asked.map_or(Purpose::Raw { own }, |of| Purpose::Asking { own, of });
+                self.parts.tls.accept(stream, purpose).await
+            }
+            Err(error) => {
+                stream.reset();
+                Err(error)
+            }
+        };
+        match made {
+            Ok(tls) => {
+                let (sni, spoken) = (tls.sni, (tls.version, tls.cipher));
+                let outer = Outer { tls: Some(begun.1.elapsed()), sni, spoken, client: tls.client };
                 self.raw(&route, visitor, tls.stream, outer).await;
             }
-            _ => self.raw(&route, visitor, stream, Outer::default()).await,
+            // No visit: it is not known what they wanted.
+            Err(Error::TlsHandshake) => return Err(Error::TlsHandshake),
+            Err(error) => {
+                let mut visit = raw_visit(&route, visitor, begun);
+                (visit.protocol, visit.error) = ("tls", Some(error));
+                visit.total = begun.1.elapsed();
+                visit_log::record(visit, None);
+            }
         }
         Ok(())
     }
@@ -99,7 +125,7 @@ impl Ingress {
                 let passed = client.sni.name().and_then(|name| self.parts.routes.by_host(name.as_str()));
                 let stream = Stream::tcp(tcp).with_head(head);
                 if let Some(route) = passed.filter(|r| r.socket.kind == SocketType::Passthrough) {
-                    let outer = Outer { tls: None, sni: client.sni.name().cloned() };
+                    let outer = Outer { sni: client.sni.name().cloned(), ..Outer::default() };
                     self.raw(&route, &visitor, stream, outer).await;
                     return Ok(());
                 }
@@ -136,47 +162,46 @@ impl Ingress {
     async fn raw(&self, route: &Arc<Route>, visitor: &Visitor, stream: Stream, outer: Outer) {
         let (at, start) = (SystemTime::now(), Instant::now());
         let _present = Present::new(metrics::gauge!("adit_raw_connections", "type" => route.socket.kind.as_str()));
-        let mut visit = Visit {
-            at,
-            visitor: visitor.addr,
-            socket: Some(route.socket.id.clone()),
-            tunnel: None,
-            kind: route.socket.kind.as_str(),
-            protocol: if outer.tls.is_some() { "tls" } else { "tcp" },
-            id: None,
-            what: What::Connection,
-            legs: Legs { tls: outer.tls, ..Legs::default() },
-            status: None,
-            bytes_up: 0,
-            bytes_down: 0,
-            first_byte: None,
-            total: start.elapsed(),
-            error: None,
-        };
+        let mut visit = raw_visit(route, visitor, (at, start));
+        visit.protocol = if outer.tls.is_some() { "tls" } else { "tcp" };
+        visit.legs.tls = outer.tls;
         let mut console: Option<Arc<dyn Sink>> = None;
         let dialer = &self.parts.dialer;
-        let routed = start.elapsed();
+        let Outer { sni, spoken: (version, cipher), client, tls } = outer;
+        let cut = self.parts.stages.cut.child_token();
+        let mut routed = start.elapsed();
         let dialed = async {
+            let stay = self.parts.routes.let_in(route, visitor.ip(), client, cut)?;
             let place = dialer.admit(route)?;
-            let mut dialed = dialer.dial(dialer.ways(route), visitor).await?;
-            if let Some(version) = route.socket.proxy_protocol {
-                let authority = outer.sni.as_ref().map(HostName::as_str);
+            routed = start.elapsed();
+            let mut dialed = tokio::select! {
+                dialed = dialer.dial(dialer.ways(route), visitor) => dialed?,
+                () = stay.cut().cancelled() => return Err(stay.allowed().err().unwrap_or(Error::Draining)),
+            };
+            stay.allowed()?;
+            if let Some(proxy) = route.socket.proxy_protocol {
+                let authority = sni.as_ref().map(HostName::as_str);
                 let extras = Extras { authority, unique_id: &proxy_protocol::unique_id(), ..Extras::default() };
-                proxy_protocol::tell(&mut dialed.stream, version, visitor, extras).await?;
+                let common_name = stay.client().and_then(|client| client.certificate.common_name());
+                let ssl = tls.map(|_| Ssl { version, cipher, certified: stay.client().is_some(), common_name });
+                proxy_protocol::tell_of_tls(&mut dialed.stream, proxy, visitor, extras, ssl).await?;
             }
-            Ok((place, dialed))
+            Ok((stay, place, dialed))
         };
         match dialed.await {
-            Ok((_place, dialed)) => {
+            Ok((stay, _place, dialed)) => {
                 visit.tunnel = Some(dialed.way.tunnel().clone());
                 console = Some(dialed.way.console());
                 let before = start.elapsed();
                 (visit.legs.route, visit.legs.dial) = (Some(routed), Some(before - routed));
-                let relayed = relay(stream, dialed.stream, &self.parts.relay, &self.parts.stages.cut).await;
+                let relayed = relay(stream, dialed.stream, &self.parts.relay, stay.cut()).await;
                 visit.bytes_up = relayed.up;
                 visit.bytes_down = relayed.down;
                 visit.first_byte = relayed.first_byte.map(|d| before + d);
-                visit.error = relayed.error();
+                visit.error = match relayed.end {
+                    End::Cut => stay.allowed().err().or(relayed.error()),
+                    _ => relayed.error(),
+                };
             }
             Err(error) => {
                 visit.error = Some(error);
@@ -187,5 +212,26 @@ impl Ingress {
         }
         visit.total = start.elapsed();
         visit_log::record(visit, console.as_ref());
+    }
+}
+
+/// The record of a raw connection of which nothing is known yet but where it goes.
+fn raw_visit(route: &Route, visitor: &Visitor, (at, start): (SystemTime, Instant)) -> Visit {
+    Visit {
+        at,
+        visitor: visitor.addr,
+        socket: Some(route.socket.id.clone()),
+        tunnel: None,
+        kind: route.socket.kind.as_str(),
+        protocol: "tcp",
+        id: None,
+        what: What::Connection,
+        legs: Legs::default(),
+        status: None,
+        bytes_up: 0,
+        bytes_down: 0,
+        first_byte: None,
+        total: start.elapsed(),
+        error: None,
     }
 }

@@ -2,6 +2,7 @@
 //! the gate; here it is read, checked and written back.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -97,6 +98,14 @@ pub struct EmailRules {
     pub emails: Vec<Email>,
     /// All addresses of these domains.
     pub domains: Vec<EmailDomain>,
+}
+
+impl IpRules {
+    /// Whether a visitor from there may come.
+    pub fn allows(&self, ip: IpAddr) -> bool {
+        let has = |list: &[Network]| list.iter().any(|network| network.contains(ip));
+        !has(&self.deny) && (self.allow.is_empty() || has(&self.allow))
+    }
 }
 
 impl EmailRules {
@@ -511,6 +520,45 @@ fn twice<'a>(f: &Fields, key: &str, names: impl Iterator<Item = &'a str> + Clone
                 format!("\"{}\" is there twice", name.escape_debug()),
                 "leave one out".into(),
             );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_allowed_by_what_it_is_and_deny_beats_allow() {
+        let rules = |allow: &[&str], deny: &[&str]| {
+            let value = json!({"allow": allow, "deny": deny});
+            let mut f = Fields::new(json!({"ip": value}).as_object().cloned().unwrap());
+            let gate = Gate::read(&mut f);
+            assert!(f.mistakes().is_empty(), "{:?}", f.mistakes());
+            gate.ip.unwrap()
+        };
+        for (allow, deny, ip, allowed) in [
+            (&[][..], &[][..], "203.0.113.7", true),
+            (&["203.0.113.0/24"], &[], "203.0.113.7", true),
+            (&["203.0.113.0/24"], &[], "203.0.114.7", false),
+            (&["203.0.113.0/24"], &[], "2001:db8::1", false),
+            (&[], &["203.0.113.7"], "203.0.113.7", false),
+            (&[], &["203.0.113.7"], "203.0.113.8", true),
+            // Deny wins, however narrow the other is.
+            (&["203.0.113.7"], &["203.0.113.0/24"], "203.0.113.7", false),
+            (&["0.0.0.0/0"], &["203.0.113.7/32"], "203.0.113.7", false),
+            // Mapped addresses are IPv4, on either side.
+            (&["203.0.113.0/24"], &[], "::ffff:203.0.113.7", true),
+            (&["::/0"], &[], "::ffff:203.0.113.7", false),
+            (&["::/0"], &[], "2001:db8::1", true),
+            (&[], &["::ffff:203.0.113.7"], "203.0.113.7", false),
+            (&[], &["::ffff:203.0.113.0/120"], "203.0.113.7", false),
+            (&["::ffff:0:0/96"], &[], "203.0.113.7", true),
+            (&["::ffff:0:0/96"], &[], "2001:db8::1", false),
+            (&["2001:db8::/32"], &["2001:db8:0:1::/64"], "2001:db8::1", true),
+            (&["2001:db8::/32"], &["2001:db8:0:1::/64"], "2001:db8:0:1::1", false),
+        ] {
+            assert_eq!(rules(allow, deny).allows(ip.parse().unwrap()), allowed, "{allow:?} {deny:?} {ip}");
         }
     }
 }

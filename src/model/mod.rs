@@ -3,6 +3,7 @@
 //! valid by construction; records that are not are refused with every mistake.
 
 mod certificate;
+pub mod client_certificate;
 pub mod gate;
 pub mod identity;
 mod socket;

@@ -21,6 +21,8 @@ pub(super) enum Failure {
     ProtocolVersion,
     /// No cipher suite, group or signature scheme in common.
     NoSharedCipher,
+    /// The visitor showed no certificate that may come.
+    ClientCertificate,
     /// The visitor ended it and said why: mostly an untrusted certificate.
     Alert,
     /// The visitor closed or reset the connection.
@@ -34,6 +36,9 @@ impl Failure {
         tracing::debug!(%error, "a TLS handshake failed");
         match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
             Some(rustls::Error::AlertReceived(_)) => Self::Alert,
+            Some(rustls::Error::NoCertificatesPresented | rustls::Error::InvalidCertificate(_)) => {
+                Self::ClientCertificate
+            }
             Some(rustls::Error::PeerIncompatible(why)) => Self::incompatible(why),
             Some(_) => Self::Other,
             None => Self::Gone,
@@ -68,6 +73,7 @@ impl Failure {
             Self::NoCertificate => "no_certificate",
             Self::ProtocolVersion => "protocol_version",
             Self::NoSharedCipher => "no_shared_cipher",
+            Self::ClientCertificate => "client_certificate",
             Self::Alert => "alert",
             Self::Gone => "gone",
             Self::Other => "other",

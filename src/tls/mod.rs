@@ -2,8 +2,10 @@
 //! handshake. Where certificates come from (the feed, files, made up in `dev`)
 //! is up to whoever puts them here; TLS towards origins is elsewhere.
 
+mod client_auth;
 pub mod dev;
 mod failure;
+mod names;
 pub mod ocsp;
 #[cfg(test)]
 mod tests;
@@ -22,10 +24,11 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls::{HandshakeKind, ServerConfig, SignatureAlgorithm};
-use tokio::io::AsyncWriteExt;
+use rustls::{HandshakeKind, ServerConfig, SignatureAlgorithm, SupportedProtocolVersion};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::LazyConfigAcceptor;
 
+pub use self::client_auth::{Client, ClientAuth};
 use self::failure::Failure;
 use self::tickets::{Bound, Ring};
 use crate::error::Error;
@@ -151,6 +154,13 @@ pub enum Purpose<'a> {
         /// The socket's host names.
         own: &'a [HostPattern],
     },
+    /// One that asks for visitors' certificates.
+    Asking {
+        /// The socket's host names.
+        own: &'a [HostPattern],
+        /// What it asks for.
+        of: &'a Arc<ClientAuth>,
+    },
 }
 
 /// A visitor's TLS connection, made.
@@ -164,6 +174,12 @@ pub struct Accepted {
     pub h2: bool,
     /// The certificate that was presented.
     pub certificate: Arc<Presentable>,
+    /// The version that was agreed on, as OpenSSL calls it.
+    pub version: Option<&'static str>,
+    /// The cipher suite, likewise.
+    pub cipher: Option<&'static str>,
+    /// Who showed a certificate that may come, where one was asked for.
+    pub client: Option<Client>,
 }
 
 /// A certificate with its key, ready for handshakes.
@@ -235,6 +251,7 @@ enum Match {
 pub struct Certificates {
     table: RwLock<Table>,
     provider: Arc<CryptoProvider>,
+    versions: &'static [&'static SupportedProtocolVersion],
     /// The settings common to all connections, per purpose; the key is added.
     base: [ServerConfig; 2],
     tickets: Arc<Ring>,
@@ -257,11 +274,11 @@ impl Certificates {
     /// The machine gives no random bytes for ticket keys.
     pub fn new(settings: &Settings) -> Result<Self, String> {
         let provider = Arc::new(aws_lc_rs::default_provider());
+        let versions: &'static [&'static SupportedProtocolVersion] = match settings.min_version {
+            Version::Tls12 => &VERSIONS,
+            Version::Tls13 => &VERSIONS[..1],
+        };
         let base = |alpn: &[&[u8]]| -> Result<ServerConfig, String> {
-            let versions: &[&rustls::SupportedProtocolVersion] = match settings.min_version {
-                Version::Tls12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
-                Version::Tls13 => &[&rustls::version::TLS13],
-            };
             let mut config = ServerConfig::builder_with_provider(Arc::clone(&provider))
                 .with_protocol_versions(versions)
                 .map_err(|e| format!("no TLS: {e}"))?
@@ -275,7 +292,8 @@ impl Certificates {
         let base = [base(&[b"h2", b"http/1.1"])?, base(&[])?];
         let Settings { unknown_sni, missing_sni, handshake_deadline, .. } = *settings;
         let tickets = Arc::new(Ring::new()?);
-        Ok(Self { table: RwLock::default(), provider, base, tickets, unknown_sni, missing_sni, handshake_deadline })
+        let table = RwLock::default();
+        Ok(Self { table, provider, versions, base, tickets, unknown_sni, missing_sni, handshake_deadline })
     }
 
     /// Adds a certificate, or replaces the one of the same id.
@@ -360,7 +378,7 @@ impl Certificates {
         }
         let own = match purpose {
             Purpose::Http => &[],
-            Purpose::Raw { own } => own,
+            Purpose::Raw { own } | Purpose::Asking { own, .. } => own,
         };
         if let Some(found) = own.iter().find_map(|name| table.best_for_pattern(name, usable, now)) {
             return Some(found);
@@ -372,49 +390,73 @@ impl Certificates {
     /// Makes a visitor's TLS connection, within the handshake deadline.
     ///
     /// # Errors
-    /// `TlsHandshake`: the visitor spoke wrongly or too slowly, or there is no
-    /// certificate to show.
+    /// `ClientCertificate`: the visitor showed none that may come. `TlsHandshake`:
+    /// they spoke wrongly or too slowly, or there is no certificate to show them.
     ///
     /// # Cancel safety
     /// Dropping it closes the connection.
     pub async fn accept(&self, stream: Stream, purpose: Purpose<'_>) -> Result<Accepted, Error> {
         let start = Instant::now();
         let made = tokio::time::timeout(self.handshake_deadline, self.handshake(stream, purpose)).await;
-        match made.unwrap_or(Err(Failure::Timeout)) {
+        match made.unwrap_or(Err((Failure::Timeout, None))) {
             Ok((accepted, resumed)) => {
                 let resumed = if resumed { "yes" } else { "no" };
                 metrics::histogram!("adit_tls_handshake_seconds", "resumed" => resumed)
                     .record(start.elapsed().as_secs_f64());
                 Ok(accepted)
             }
-            Err(failure) => {
+            Err((failure, left)) => {
                 metrics::counter!("adit_tls_handshake_failures_total", "reason" => failure.label()).increment(1);
-                Err(Error::TlsHandshake)
+                if failure != Failure::ClientCertificate {
+                    return Err(Error::TlsHandshake);
+                }
+                if let Some(stream) = left {
+                    let _ = tokio::time::timeout(FAREWELL, hear_out(stream)).await;
+                }
+                Err(Error::ClientCertificate)
             }
         }
     }
 
-    /// The connection, and whether it goes on with an earlier session.
-    async fn handshake(&self, stream: Stream, purpose: Purpose<'_>) -> Result<(Accepted, bool), Failure> {
-        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(Failure::of)?;
+    /// The connection, and whether it goes on with an earlier session; or why not,
+    /// and what is left where a failure was told in an alert.
+    async fn handshake(
+        &self,
+        stream: Stream,
+        purpose: Purpose<'_>,
+    ) -> Result<(Accepted, bool), (Failure, Option<Stream>)> {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(|e| (Failure::of(e), None))?;
         let hello = start.client_hello();
         let named = hello.server_name().is_some();
         let sni: Option<HostName> = hello.server_name().and_then(|name| name.parse().ok());
         let Some(certificate) = self.choose_for(sni.as_ref(), named, purpose, &|c| usable(c, &hello)) else {
             refuse(start.io, if named { UNRECOGNIZED_NAME } else { MISSING_EXTENSION }).await;
-            return Err(Failure::NoCertificate);
+            return Err((Failure::NoCertificate, None));
         };
-        let tls = start.into_stream(self.config(&certificate, purpose)).await.map_err(Failure::of)?;
-        let h2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
-        let resumed = tls.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
-        Ok((Accepted { stream: Stream::other(tls), sni, h2, certificate }, resumed))
+        let config = self.config(&certificate, purpose).map_err(|e| (Failure::of(std::io::Error::other(e)), None))?;
+        let made = start.into_stream(config).into_fallible().await;
+        let tls = made.map_err(|(error, stream)| (Failure::of(error), Some(stream)))?;
+        let (_, session) = tls.get_ref();
+        let client = match purpose {
+            Purpose::Http | Purpose::Raw { .. } => None,
+            Purpose::Asking { of, .. } => {
+                let client = of.client(session.peer_certificates());
+                Some(client.ok_or((Failure::ClientCertificate, None))?)
+            }
+        };
+        let h2 = session.alpn_protocol() == Some(b"h2");
+        let resumed = session.handshake_kind() == Some(HandshakeKind::Resumed);
+        let version = session.protocol_version().and_then(names::version);
+        let cipher = session.negotiated_cipher_suite().and_then(|suite| names::cipher(suite.suite()));
+        Ok((Accepted { stream: Stream::other(tls), sni, h2, certificate, version, cipher, client }, resumed))
     }
 
-    fn config(&self, certificate: &Presentable, purpose: Purpose<'_>) -> Arc<ServerConfig> {
+    fn config(&self, certificate: &Presentable, purpose: Purpose<'_>) -> Result<Arc<ServerConfig>, rustls::Error> {
         let ([http, raw], [http_base, raw_base]) = (&certificate.configs, &self.base);
         let (cell, base, word) = match purpose {
             Purpose::Http => (http, http_base, &b"http"[..]),
             Purpose::Raw { .. } => (raw, raw_base, &b"raw"[..]),
+            Purpose::Asking { of, .. } => return self.asking(certificate, of),
         };
         let made = cell.get_or_init(|| {
             let mut config = base.clone();
@@ -423,7 +465,28 @@ impl Certificates {
             config.ticketer = Arc::new(Bound { ring: Arc::clone(&self.tickets), context });
             Arc::new(config)
         });
-        Arc::clone(made)
+        Ok(Arc::clone(made))
+    }
+
+    /// Every handshake asks for the visitor's certificate: a session that was
+    /// resumed would not, so none is kept here, none goes on, and no ticket is
+    /// given or taken.
+    fn asking(&self, certificate: &Presentable, of: &Arc<ClientAuth>) -> Result<Arc<ServerConfig>, rustls::Error> {
+        let mut last = of.last.lock();
+        if let Some((shown, config)) = &*last
+            && Arc::ptr_eq(shown, &certificate.shown)
+        {
+            return Ok(Arc::clone(config));
+        }
+        let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_protocol_versions(self.versions)?
+            .with_client_cert_verifier(Arc::clone(&of.verifier) as _)
+            .with_cert_resolver(Arc::clone(&certificate.shown) as _);
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        let config = Arc::new(config);
+        *last = Some((Arc::clone(&certificate.shown), Arc::clone(&config)));
+        Ok(config)
     }
 }
 
@@ -487,6 +550,9 @@ fn usable(certificate: &Presentable, hello: &ClientHello<'_>) -> bool {
     })
 }
 
+/// What is served, the newest first.
+static VERSIONS: [&SupportedProtocolVersion; 2] = [&rustls::version::TLS13, &rustls::version::TLS12];
+
 /// RFC 6066 §3.
 const UNRECOGNIZED_NAME: u8 = 112;
 /// RFC 8446 §9.2: what a server says that has to be told a name.
@@ -497,6 +563,18 @@ const MISSING_EXTENSION: u8 = 109;
 async fn refuse(mut stream: Stream, alert: u8) {
     let _ = stream.write_all(&[21, 3, 3, 0, 2, 2, alert]).await;
     let _ = stream.shutdown().await;
+}
+
+/// How long a visitor who was told by an alert may take to read it.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Ends a connection whose visitor may be sending yet: closed with bytes unread it
+/// would be reset, and the reset would overtake the alert.
+async fn hear_out(mut stream: Stream) {
+    let mut unheard = [0; 512];
+    if stream.shutdown().await.is_ok() {
+        while let Ok(1..) = stream.read(&mut unheard).await {}
+    }
 }
 
 /// Checks a certificate record as `Certificates::put` would.

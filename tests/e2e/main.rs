@@ -12,6 +12,7 @@ mod cli;
 mod clients;
 mod conformance;
 mod faults;
+mod gate_certificates;
 mod grpc;
 mod harness_itself;
 mod interop;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use crate::harness::*;
 
@@ -152,6 +152,64 @@ async fn nginx_and_a_raw_origin_are_told_too() {
     }
 }
 
+/// The header with which a connection from here begins.
+async fn header(listener: &TcpListener) -> Vec<u8> {
+    let read = async {
+        let (mut tcp, _) = listener.accept().await.unwrap();
+        let mut header = vec![0; 16];
+        tcp.read_exact(&mut header).await.unwrap();
+        header.resize(16 + usize::from(u16::from_be_bytes([header[14], header[15]])), 0);
+        tcp.read_exact(&mut header[16..]).await.unwrap();
+        header
+    };
+    within(DEADLINE, "a header", read).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn haproxy_takes_what_is_told_of_a_certificate_and_nothing_that_was_changed() {
+    let (dir, node) = (tempfile::tempdir().unwrap(), Node::start().await);
+    let port = free_port().await;
+    let _origin = telling_haproxy(dir.path(), port, false).await;
+    let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let visitor = rcgen::generate_simple_self_signed(["visitor.test".to_owned()]).unwrap();
+    let asked = json!({"client_certificates": {"ca_pem": visitor.cert.pem(), "allow_subjects": ["*"]}});
+    for id in ["told", "seen"] {
+        let record = json!({"type": "tls", "proxy_protocol": "v2", "gate": asked});
+        node.put(&format!("sockets/{id}"), record).await;
+        node.put(&format!("tunnels/{id}"), json!({"socket": id, "keys": [node.key.line()]})).await;
+    }
+    let forwards = [format!("told:80:127.0.0.1:{port}"), format!("seen:80:{}", plain.local_addr().unwrap())];
+    let _ssh = Ssh::start(&node, &forwards.each_ref().map(String::as_str)).await;
+    let (pem, key) = (dir.path().join("visitor.pem"), dir.path().join("visitor.key"));
+    std::fs::write(&pem, visitor.cert.pem()).unwrap();
+    std::fs::write(&key, visitor.signing_key.serialize_pem()).unwrap();
+    let url = |port: u16| format!("https://edge.localhost:{port}/");
+    let shown = ["--cert", pem.to_str().unwrap(), "--key", key.to_str().unwrap()];
+    let told = url(node.port_of("told").await);
+    let (status, answer) = curl(&node, &[&shown[..], &[&told]].concat()).await;
+    let words: Vec<&str> = answer.split(' ').collect();
+    assert_eq!((status, words[0], words[2], words[3].len()), (200, "127.0.0.1", "edge.localhost", 32), "{answer}");
+
+    // The same header again, as it was and with one bit of its certificate's part changed.
+    let seen = url(node.port_of("seen").await);
+    let mut command = Command::new("curl");
+    command.args(["-s", "--max-time", "20", "--noproxy", "*", "--cacert"]).arg(node.ca()).args(shown);
+    command.args(["--connect-to", &format!("::{}:", node.ip), &seen]);
+    let _curl = Program::start("curl", command);
+    let mut header = header(&plain).await;
+    let asks = async |header: &[u8]| {
+        let mut tcp = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let _ = tcp.write_all(&[header, b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"].concat()).await;
+        let mut got = Vec::new();
+        let _ = within(DEADLINE, "an end", tcp.read_to_end(&mut got)).await;
+        String::from_utf8_lossy(&got).into_owned()
+    };
+    assert!(asks(&header).await.starts_with("HTTP/1.1 200"));
+    let at = header.windows(7).position(|word| word == b"TLSv1.3").unwrap();
+    header[at + 6] ^= 1;
+    assert_eq!(asks(&header).await, "");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_listed_proxy_says_who_visits_and_nobody_else_does() {
     let opts = NodeOpts::default()
@@ -165,7 +223,7 @@ async fn a_listed_proxy_says_who_visits_and_nobody_else_does() {
     let _ssh = Ssh::start(&node, &forwards.each_ref().map(String::as_str)).await;
     let (http, tcp) = (node.addr("http"), SocketAddr::new(node.ip, node.port_of("raw").await));
     let dir = tempfile::tempdir().unwrap();
-    for send in ["send-proxy", "send-proxy-v2"] {
+    for send in ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c,unique-id"] {
         let (front, raw_front) = (free_port().await, free_port().await);
         let rest = format!(
             "listen web\n    bind 127.0.0.1:{front}\n    mode tcp\n    server s {http} {send} source {PROXY}\n\
