@@ -8,12 +8,17 @@
 #[allow(dead_code)]
 mod harness;
 
+// The same for providers of logins.
+#[allow(dead_code)]
+mod idp;
+
 mod cli;
 mod clients;
 mod conformance;
 mod faults;
 mod grpc;
 mod harness_itself;
+mod idp_itself;
 mod interop;
 mod limits;
 mod network;
