@@ -63,10 +63,11 @@ async fn idp_oidc_provider_logs_in_and_redeems_a_code_once() {
     let me = browser.request("GET", &format!("{}/me", op.issuer), &[("authorization", &bearer)], b"").await;
     assert_eq!(me.status, 401, "{}", me.text());
 
-    // A session stands: no page asks again. Another redirect URI, no PKCE: refused.
+    // The grant is gone and asked for anew; with it no page asks again. Another redirect URI, no PKCE: refused.
     let second = Login::new();
     let url = second.url(&format!("{}/auth", op.issuer), &op.client_id, CALLBACK, SCOPE);
-    second.code(browser.follow(&url, 2).await.last().unwrap(), CALLBACK);
+    second.code(&browser.login_at_op(&url, "alice@example.com").await, CALLBACK);
+    second.code(&browser.get(&url).await, CALLBACK);
     let wrong = second.url(&format!("{}/auth", op.issuer), &op.client_id, "https://evil.test/cb", SCOPE);
     assert_eq!(browser.get(&wrong).await.status, 400);
     let plain = url.split("&code_challenge").next().unwrap();
@@ -607,4 +608,128 @@ async fn idp_chromium_logs_in_at_oidc_provider_and_comes_back() {
     let came = Url::parse(results[6].as_str().unwrap());
     assert!(came.field("code").is_some() && came.field("iss").as_ref() == Some(&op.issuer), "{came}");
     assert!(results[7].as_str().unwrap().contains("sec-fetch-site: cross-site"), "{}", results[7]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idp_browser_sends_what_chromium_sends() {
+    if !node_is_new_enough() {
+        return;
+    }
+    let origin = Origin::http().await;
+    let (to, port) = (origin.addr, origin.addr.port());
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca.pem");
+    std::fs::write(&ca, rcgen::generate_simple_self_signed(["a.test".to_owned()]).unwrap().cert.pem()).unwrap();
+    let chromium = Chromium::new(&ca, &[("*.localhost", "127.0.0.1")]);
+    let url = |host: &str| format!("http://{host}:{port}/headers");
+    let (a, b, app) = (url("a.edge.localhost"), url("b.edge.localhost"), url("app.localhost"));
+    let add = |what: &str| json!({"evaluate": format!("document.body.insertAdjacentHTML('beforeend', `{what}`)")});
+    let policy = "<meta name=referrer content=no-referrer>";
+    let form =
+        format!("<form method=post action={a}><input type=hidden name=x value=1><button id=go>go</button></form>");
+    let link = format!("<a id=go href={a}>go</a>");
+    let mut steps = vec![
+        json!({"goto": a}),
+        json!({"evaluate": "document.cookie = 'strict=1; SameSite=Strict'; document.cookie = 'lax=1; SameSite=Lax'"}),
+        json!({"goto": a}),
+        json!({"text": "body"}),
+    ];
+    let pages = [(&a, &link), (&b, &link), (&app, &link), (&a, &form), (&b, &form), (&app, &form)];
+    let cases: Vec<_> = pages.iter().flat_map(|(page, how)| [(*page, *how, ""), (*page, *how, policy)]).collect();
+    for (page, how, policy) in &cases {
+        steps.extend([json!({"goto": page}), add(policy), add(how), json!({"click": "#go"})]);
+        steps.extend([json!({"waitForURL": "a\\.edge"}), json!({"text": "body"})]);
+    }
+    let results = chromium.run(&json!(steps)).await;
+
+    let mut browser = Browser::new(b"", move |_, _, _| to);
+    browser.jar.take(&Url::parse(&a), "strict=1; SameSite=Strict; Path=/", Reach::SameSite).unwrap();
+    browser.jar.take(&Url::parse(&a), "lax=1; SameSite=Lax; Path=/", Reach::SameSite).unwrap();
+    let mut ours = vec![browser.get(&a).await.text()];
+    for (page, how, policy) in &cases {
+        let mut page = browser.get(page).await;
+        if !policy.is_empty() {
+            page.headers.insert("referrer-policy", "no-referrer".parse().unwrap());
+        }
+        page.body = (*how).clone().into();
+        let answer = match page.forms().first() {
+            Some(form) => browser.submit(&page, form).await,
+            None => browser.click(&page, &a).await,
+        };
+        ours.push(answer.text());
+    }
+    let theirs = results.iter().skip(3).step_by(6).map(|text| text.as_str().unwrap());
+    let told = |text: &str| {
+        let names = [
+            "cookie",
+            "origin",
+            "referer",
+            "sec-fetch-dest",
+            "sec-fetch-mode",
+            "sec-fetch-site",
+            "upgrade-insecure-requests",
+        ];
+        let mut lines: Vec<_> = text
+            .lines()
+            .filter(|line| names.iter().any(|name| line.split(": ").next() == Some(*name)))
+            .map(str::to_owned)
+            .collect();
+        lines.sort();
+        lines
+    };
+    let theirs: Vec<_> = theirs.collect();
+    assert_eq!((theirs.len(), told(theirs[0])[0].as_str()), (13, "cookie: strict=1; lax=1"));
+    for (n, (theirs, ours)) in theirs.into_iter().zip(&ours).enumerate() {
+        assert_eq!(told(ours), told(theirs), "case {n}: {:?}", n.checked_sub(1).map(|n| &cases[n]));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idp_browser_comes_back_from_a_provider_as_chromium_does() {
+    if !node_is_new_enough() {
+        return;
+    }
+    let origin = Origin::http().await;
+    let (to, port) = (origin.addr, origin.addr.port());
+    let callback = format!("http://a.edge.localhost:{port}/headers");
+    let github = FakeGithub::start(&callback).await;
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca.pem");
+    std::fs::write(&ca, rcgen::generate_simple_self_signed(["a.test".to_owned()]).unwrap().cert.pem()).unwrap();
+    let login = Login::new();
+    let there = login.url(&format!("{}/login/oauth/authorize", github.url), &github.client_id, &callback, "user:email");
+    let pages = [callback.clone(), format!("http://b.edge.localhost:{port}/headers"), format!("{}/user", github.url)];
+    let link = format!("<a id=go href='{there}'>go</a>");
+    let mut steps = vec![
+        json!({"goto": callback}),
+        json!({"evaluate": "document.cookie = 'strict=1; SameSite=Strict'; document.cookie = 'lax=1; SameSite=Lax'"}),
+        json!({"goto": there}),
+        json!({"text": "body"}),
+    ];
+    for page in &pages {
+        let add = format!("document.body.insertAdjacentHTML('beforeend', `{link}`)");
+        steps.extend([json!({"goto": page}), json!({"evaluate": add}), json!({"click": "#go"})]);
+        steps.extend([json!({"waitForURL": "a\\.edge.*code="}), json!({"text": "body"})]);
+    }
+    let results = Chromium::new(&ca, &[("*.localhost", "127.0.0.1")]).run(&json!(steps)).await;
+    let theirs: Vec<_> = results.iter().skip(3).step_by(5).map(|text| text.as_str().unwrap()).collect();
+
+    let mut browser = Browser::new(b"", move |host, port, _| host.parse().map_or(to, |ip| SocketAddr::new(ip, port)));
+    browser.jar.take(&Url::parse(&callback), "strict=1; SameSite=Strict; Path=/", Reach::SameSite).unwrap();
+    browser.jar.take(&Url::parse(&callback), "lax=1; SameSite=Lax; Path=/", Reach::SameSite).unwrap();
+    let mut ours = vec![browser.follow(&there, 3).await.pop().unwrap().text()];
+    for page in &pages {
+        let page = browser.get(page).await;
+        let clicked = browser.click(&page, &there).await;
+        ours.push(browser.follow_on(clicked, 3).await.pop().unwrap().text());
+    }
+    let told = |text: &str| {
+        let names = ["cookie: ", "referer: ", "sec-fetch-site: ", "origin: "];
+        let lines = text.lines().filter(|line| names.iter().any(|name| line.starts_with(name)));
+        lines.map(str::to_owned).collect::<std::collections::BTreeSet<_>>()
+    };
+    assert_eq!(ours.len(), theirs.len());
+    for (n, (theirs, ours)) in theirs.iter().zip(&ours).enumerate() {
+        assert_eq!(told(ours), told(theirs), "case {n}");
+    }
 }

@@ -3,7 +3,7 @@
 // A step that fails ends the run, unless it has "try": its result is then {error}.
 import { load } from './installed.mjs';
 
-const { chromium } = await load('playwright-core');
+const { chromium } = (await load('playwright-core')).default;
 const settings = JSON.parse(process.argv[2]);
 const limit = settings.limit;
 
@@ -50,7 +50,7 @@ const steps = {
   fill: ([selector, text]) => page.fill(selector, text),
   click: selector => page.click(selector),
   async waitForURL(pattern) { await page.waitForURL(new RegExp(pattern)); return page.url(); },
-  waitFor: selector => page.waitForSelector(selector).then(() => null),
+  waitFor: selector => page.waitForSelector(selector, { state: 'attached' }).then(() => null),
   screenshot: path => page.screenshot({ path }).then(() => null),
   text: selector => page.textContent(selector),
   html: () => page.content(),

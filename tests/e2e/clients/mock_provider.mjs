@@ -92,14 +92,14 @@ let idToken;
 const asked = [];
 mock.service.on('beforeTokenSigning', token => {
   if (!('aud' in token.payload)) return;
-  token.header = { typ: 'JWT', alg: 'RS256', kid: signing.kid };
-  Object.assign(token.payload, { email: 'alice@example.com', email_verified: true });
-  claims[mode]?.(token);
+  // A copy: the mock's own signer would refuse some of it.
+  idToken = { header: { typ: 'JWT', alg: 'RS256', kid: signing.kid },
+    payload: { ...token.payload, email: 'alice@example.com', email_verified: true } };
+  claims[mode]?.(idToken);
   for (const [name, value] of Object.entries(own)) {
-    if (value === null) delete token.payload[name];
-    else token.payload[name] = value;
+    if (value === null) delete idToken.payload[name];
+    else idToken.payload[name] = value;
   }
-  idToken = { header: token.header, payload: token.payload };
 });
 mock.service.on('beforeResponse', answer => {
   if (answer.body.id_token) answer.body.id_token = (signatures[mode] ?? (token => sign(token, rsa())))(idToken);

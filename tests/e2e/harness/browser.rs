@@ -357,7 +357,7 @@ impl Browser {
         } else {
             set("accept", "*/*");
         }
-        if let Some(referer) = chain.referer(url) {
+        if let Some(referer) = chain.referer() {
             set("referer", &referer);
         }
         let to_another_origin = chain.from.as_ref().is_some_and(|from| from.origin() != url.origin());
@@ -465,14 +465,15 @@ impl Chain {
         Self { from, policy: policy.to_owned(), urls: Vec::new() }
     }
 
-    /// By the policy that browsers start from, or the two that send less.
-    fn referer(&self, to: &Url) -> Option<String> {
+    /// By the policy that browsers start from, or the two that send less; what a
+    /// redirect has cut stays cut.
+    fn referer(&self) -> Option<String> {
         let from = self.from.as_ref()?;
-        let same = from.origin() == to.origin();
+        let same = self.urls.iter().all(|url| url.origin() == from.origin());
         match self.policy.as_str() {
             "no-referrer" => None,
             "same-origin" if !same => None,
-            _ if from.is_secure() && !to.is_secure() => None,
+            _ if from.is_secure() && self.urls.iter().any(|url| !url.is_secure()) => None,
             _ if same => Some(from.to_string()),
             _ => Some(format!("{}/", from.origin())),
         }

@@ -1,5 +1,6 @@
 //! Debian's glewlwyd: an OpenID provider of another make. Its ID tokens have an
-//! opaque `sub`, `azp`, and no `email_verified`; its callback has no `iss`.
+//! opaque `sub`, `azp`, and no `email_verified`; its callback has no `iss`. It takes a
+//! secret of Basic as it stands, without the form encoding of RFC 6749, 2.3.1.
 
 use std::path::Path;
 use std::process::Command;
@@ -42,7 +43,7 @@ impl Glewlwyd {
         program.wait_for("Glewlwyd started on port", 1, START).await;
 
         let user = ("alice", "alice's password", "alice@example.com");
-        let (client_id, client_secret) = ("adit", "glewlwyd's secret of tests");
+        let (client_id, client_secret) = ("adit", "glewlwyds-secret-of-tests");
         let mut admin = Browser::of_addresses();
         admin.manner = Manner::Bare;
         let api = format!("{origin}/api");
@@ -131,6 +132,9 @@ client_module_path="{modules}/client"
 user_auth_scheme_module_path="{modules}/scheme"
 plugin_module_path="{modules}/plugin"
 use_secure_connection=false
+secure_connection_key_file="none"
+secure_connection_pem_file="none"
+secure_connection_ca_file="none"
 hash_algorithm="SHA512"
 database = {{ type = "sqlite3"; path = "{}"; }};
 static_files_mime_types = ( {{ extension = ".html"; mime_type = "text/html"; }} )
