@@ -39,8 +39,13 @@ impl Glewlwyd {
         std::fs::write(&settings, configuration(&host.to_string(), &origin, &store)).unwrap();
         let mut command = Command::new("glewlwyd");
         command.arg("--config-file").arg(&settings);
-        let program = Program::start("glewlwyd", command);
-        program.wait_for("Glewlwyd started on port", 1, START).await;
+        let mut program = Program::start("glewlwyd", command);
+        // What it says of its start comes before it listens.
+        eventually_within(START, "glewlwyd's port", async || {
+            assert!(program.runs(), "{}", program.output());
+            tokio::net::TcpStream::connect((host, PORT)).await.ok()
+        })
+        .await;
 
         let user = ("alice", "alice's password", "alice@example.com");
         let (client_id, client_secret) = ("adit", "glewlwyds-secret-of-tests");
