@@ -188,6 +188,34 @@ async fn idp_glewlwyd_logs_in_and_says_nothing_of_a_verified_address() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn idp_saml_is_a_provider_like_others_behind_its_broker() {
+    let op = SamlBroker::start(&[CALLBACK]).await;
+    let told = discovered(&op.issuer).await;
+    let login = Login::new();
+    let url = login.url(&endpoint(&told, "authorization_endpoint"), &op.client_id, CALLBACK, SCOPE);
+    let mut browser = Browser::of_addresses();
+    let left = browser.login_at_saml(&url).await;
+    assert!(left.location().unwrap().field("iss").is_none());
+    let code = login.code(&left, CALLBACK);
+    let token = endpoint(&told, "token_endpoint");
+    let client = (op.client_id.as_str(), op.client_secret.as_str());
+    let (status, _) = login.redeem(&token, (client.0, "wrong"), &code, CALLBACK).await;
+    assert_eq!(status, 401);
+    let (status, tokens) = login.redeem(&token, client, &code, CALLBACK).await;
+    assert_eq!(status, 200, "{tokens}");
+    let (_, claims) = claims_of(&tokens["id_token"]);
+    assert_eq!((&claims["iss"], &claims["aud"]), (&json!(op.issuer), &json!(["adit"])));
+    assert_eq!((&claims["email"], &claims["nonce"]), (&json!(op.email), &json!(login.nonce)));
+    assert!(claims.get("email_verified").is_none(), "{claims}");
+    let (status, again) = login.redeem(&token, client, &code, CALLBACK).await;
+    assert_eq!((status, &again["error"]), (400, &json!("invalid_grant")));
+    // It tells of no PKCE, and checks it all the same.
+    let code = login.code(&browser.login_at_saml(&url).await, CALLBACK);
+    let (status, refused) = Login::new().redeem(&token, client, &code, CALLBACK).await;
+    assert_eq!((status, &refused["error"]), (400, &json!("invalid_request")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn idp_mock_forges_what_it_is_told_to_and_remembers_what_it_was_asked() {
     if !node_is_new_enough() {
         return;

@@ -438,6 +438,14 @@ impl Browser {
         panic!("the provider's pages have no end: {}", answer.url);
     }
 
+    /// The like for the broker of SAML, whose provider asks nothing: it sends a form
+    /// that scripts submit.
+    pub async fn login_at_saml(&mut self, url: &str) -> Answer {
+        let asked = self.follow(url, 10).await.pop().unwrap();
+        assert_eq!(asked.status, 200, "{}: {}", asked.url, asked.text());
+        self.submit(&asked, &asked.form()).await
+    }
+
     /// The like for glewlwyd, whose pages are a script that calls its API.
     pub async fn login_at_glewlwyd(&mut self, url: &str, user: &str, password: &str) -> Answer {
         let first = self.get(url).await;

@@ -7,6 +7,7 @@ mod glewlwyd;
 mod mock;
 mod oidc;
 mod relying;
+mod saml;
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -23,6 +24,7 @@ pub use glewlwyd::Glewlwyd;
 pub use mock::MockProvider;
 pub use oidc::{OidcOpts, OidcProvider};
 pub use relying::{Login, claims_of};
+pub use saml::SamlBroker;
 
 /// A start of node or of glewlwyd, with the making of keys.
 const START: Duration = Duration::from_secs(60);
