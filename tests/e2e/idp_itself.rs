@@ -118,8 +118,12 @@ async fn idp_oidc_provider_changes_keys_goes_down_and_comes_up_where_it_was() {
     assert_ne!(before, after);
     let keys = browser.get(&format!("{}/jwks", op.issuer)).await.text();
     assert!(keys.contains(after.as_str().unwrap()) && !keys.contains(before.as_str().unwrap()), "{keys}");
-    op.down().await;
     let jwks = format!("{}/jwks", op.issuer);
+    op.hang();
+    let answered = tokio::time::timeout(Duration::from_millis(300), browser.get(&jwks)).await;
+    assert!(answered.is_err());
+    op.go_on();
+    op.down().await;
     assert!(browser.try_request("GET", &jwks, &[], b"").await.is_err());
     op.up().await;
     let asked = op.asked("/jwks").await;
@@ -132,11 +136,12 @@ async fn idp_oidc_provider_tells_a_logout_by_the_back_channel() {
     if !node_is_new_enough() {
         return;
     }
-    let origin = Origin::http().await;
-    let heard = format!("http://told.edge.localhost:{}/sink", origin.addr.port());
+    let origin = Origin::https("told.edge.localhost").await;
+    let heard = format!("https://told.edge.localhost:{}/sink", origin.addr.port());
     let opts = OidcOpts {
         backchannel_logout_uri: Some(heard.clone()),
         backchannel_via: Some(origin.addr.ip()),
+        backchannel_ca: origin.certificate.clone(),
         post_logout_redirect_uris: vec!["https://web.edge.localhost/bye".into()],
         ..OidcOpts::default()
     };
