@@ -8,6 +8,10 @@
 #[allow(dead_code)]
 mod harness;
 
+// The same for providers of logins.
+#[allow(dead_code)]
+mod idp;
+
 mod cli;
 mod clients;
 mod conformance;
@@ -15,6 +19,7 @@ mod faults;
 mod gate_certificates;
 mod grpc;
 mod harness_itself;
+mod idp_itself;
 mod interop;
 mod limits;
 mod network;

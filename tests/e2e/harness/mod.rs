@@ -1,22 +1,34 @@
 //! What scenarios stand on: nodes and ssh clients as real processes, origins in
 //! this process, visitors, and a pattern of bytes that is checked as it flows.
 
+mod browser;
+mod chromium;
+mod jar;
 mod node;
 mod origin;
 mod pattern;
 mod program;
 mod ssh;
+pub mod url;
 mod visitor;
 mod websocket;
 
 use std::time::Duration;
 
 #[allow(unused_imports)]
-pub use node::{Node, NodeOpts, Usage};
+pub use browser::{Answer, Browser, Form, Manner};
+#[allow(unused_imports)]
+pub use chromium::Chromium;
+#[allow(unused_imports)]
+pub use jar::{Cookie, Jar, Reach, SameSite};
+#[allow(unused_imports)]
+pub use node::{Node, NodeOpts, Usage, own_address};
 pub use origin::{Body, Origin, pattern_body};
 pub use pattern::Pattern;
 pub use program::Program;
 pub use ssh::{Key, Session, Ssh, SshOpts};
+#[allow(unused_imports)]
+pub use url::Url;
 pub use visitor::{Io, curl, get_exact, h2, read_answer, request, tls_connect, trusting};
 pub use websocket::WebSocket;
 

@@ -216,7 +216,7 @@ impl Usage {
 }
 
 /// An address of 127.0.0.0/8 that no other test of this machine uses now.
-fn own_address() -> IpAddr {
+pub fn own_address() -> IpAddr {
     static NODES: AtomicU32 = AtomicU32::new(0);
     let n = (std::process::id() * 8 + NODES.fetch_add(1, Ordering::Relaxed)) & 0x7f_ffff;
     let [_, x, y, z] = n.to_be_bytes();
