@@ -14,6 +14,7 @@ use crate::dial::DialSettings;
 use crate::drain::DrainSettings;
 use crate::feed::store::StoreSettings;
 use crate::fields::{Fields, Mistake};
+use crate::gate::GateSettings;
 use crate::http::HttpSettings;
 use crate::ingress::IngressSettings;
 use crate::ingress::hello::HelloSettings;
@@ -40,6 +41,8 @@ pub struct Config {
     pub tcp: TcpSettings,
     /// `[http]`: requests and answers.
     pub http: HttpSettings,
+    /// `[gate]`: what visitors must pass.
+    pub gate: GateSettings,
     /// `[relay]`: raw bytes both ways.
     pub relay: RelaySettings,
     /// `[tls]`: certificates and handshakes.
@@ -68,6 +71,7 @@ impl Config {
             hello: section(f, "hello", HelloSettings::read),
             tcp: section(f, "tcp", TcpSettings::read),
             http: section(f, "http", HttpSettings::read),
+            gate: section(f, "gate", GateSettings::read),
             relay: section(f, "relay", RelaySettings::read),
             tls: section(f, "tls", tls::Settings::read),
             ssh: section(f, "ssh", tunnel::SshSettings::read),

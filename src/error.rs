@@ -83,6 +83,12 @@ errors! {
     VisitorStalled: Visitor, "visitor_stalled", 499, DEBUG, "The visitor stopped reading.";
     /// Too many connections from this address.
     VisitorLimit: Visitor, "visitor_limit", 429, DEBUG, "Too many connections from this address.";
+    /// Whoever asks must say who they are.
+    Unauthorized: Visitor, "unauthorized", 401, DEBUG, "You have to log in to visit this service.";
+    /// More passwords came than are looked at.
+    TooManyLogins: Visitor, "too_many_logins", 429, DEBUG, "Too many logins were tried. Wait a moment.";
+    /// It was let in, and no longer passes the gate.
+    GateClosed: Visitor, "gate_closed", 403, DEBUG, "You may no longer visit this service.";
     /// Nothing moved for the idle limit.
     Idle: Visitor, "idle", 408, DEBUG, "Nothing was sent for too long.";
     /// The socket has all the connections it may have.
@@ -109,6 +115,8 @@ errors! {
     Draining: Node, "draining", 503, INFO, "This node is shutting down.";
     /// The node has all the connections it may have.
     NodeLimit: Node, "node_limit", 503, WARN, "This node has too many connections.";
+    /// The socket asks for logins, and this node cannot serve them.
+    GateUnready: Node, "gate_unready", 503, ERROR, "Logging in is not possible at the moment.";
     /// A fault of this program.
     Internal: Node, "internal", 500, ERROR, "Something went wrong at the edge.";
 }

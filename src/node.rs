@@ -23,6 +23,7 @@ use crate::feed::Feed;
 use crate::feed::follower::Follower;
 use crate::feed::records::{RecordSettings, Records};
 use crate::feed::store::Store;
+use crate::gate::{self, Gates};
 use crate::http::{Http, HttpSettings};
 use crate::ingress::{self, Door, Ingress, Ports, listener};
 use crate::logins::Logins;
@@ -164,7 +165,17 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     // Visitors and their path.
     let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));
     let http = HttpSettings { public_https_port: urls.https_port.unwrap_or(443), ..config.http.clone() };
-    let http = Http::new(Arc::clone(&routes), Arc::clone(&dialer), http, stages.visitors.clone());
+    let parts = gate::Parts {
+        logins,
+        routes: Arc::clone(&routes),
+        records: Arc::clone(&records),
+        public_https_port: http.public_https_port,
+        exempt_loopback: config.node.exempt_loopback,
+    };
+    let gates = Gates::new(config.gate.clone(), parts).map_err(Failure::Start)?;
+    gates.make_keyring().await;
+    tasks.spawn(Arc::clone(&gates).watch(following.revisions(), stop.clone()));
+    let http = Http::new(Arc::clone(&routes), Arc::clone(&dialer), gates, http, stages.visitors.clone());
     let http = http.map_err(Failure::Start)?;
     tasks.spawn({
         let (http, closed) = (Arc::clone(&http), stages.close.clone());

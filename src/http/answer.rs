@@ -13,12 +13,13 @@ use super::body::Body;
 use super::forwarded::X_REQUEST_ID;
 use super::page::{Said, Template};
 use crate::error::{Error, Fault};
+use crate::gate::Reply;
 
 /// When to come back after a 503, in seconds: tunnel clients come back in one.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("5");
 
 /// What an answer of ours depends on, beside the reason.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Asker<'a> {
     /// The request's method; HEAD gets no body.
     pub(super) method: &'a Method,
@@ -26,6 +27,8 @@ pub(super) struct Asker<'a> {
     pub(super) version: Version,
     /// Its `Accept`, as far as it has one.
     pub(super) accept: Form,
+    /// Whether that names HTML.
+    pub(super) html: bool,
     /// Its content type, where it is a gRPC call.
     pub(super) grpc: Option<&'a HeaderValue>,
     /// What our pages look like.
@@ -46,6 +49,29 @@ pub(super) fn failed(asker: &Asker<'_>, error: Error) -> Response<Body> {
     if error == Error::BadRequest && asker.version < Version::HTTP_2 {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
+    response
+}
+
+/// The page for a request that a gate refuses, with the gate's own fields. Who does
+/// not ask for HTML by name is a program, and gets what programs read.
+pub(super) fn refused(asker: &Asker<'_>, error: Error, headers: HeaderMap) -> Response<Body> {
+    let asker = Asker { accept: if asker.html { Form::Html } else { asker.accept.for_programs() }, ..*asker };
+    let mut response = failed(&asker, error);
+    for (name, value) in headers.iter() {
+        response.headers_mut().append(name, value.clone());
+    }
+    response
+}
+
+/// An answer of the gate's own.
+pub(super) fn gate(asker: &Asker<'_>, reply: Reply) -> Response<Body> {
+    let len = reply.body.len();
+    let body = if *asker.method == Method::HEAD { Body::empty() } else { Body::page(reply.body) };
+    let mut response = Response::new(body);
+    *response.status_mut() = reply.status;
+    *response.headers_mut() = reply.headers;
+    response.headers_mut().insert(hyper::header::CONTENT_LENGTH, HeaderValue::from(len));
+    response.headers_mut().insert(X_REQUEST_ID, asker.id.clone());
     response
 }
 
@@ -183,6 +209,16 @@ pub(super) enum Form {
 }
 
 impl Form {
+    /// The form for who did not ask for HTML by name.
+    fn for_programs(self) -> Self {
+        if self == Self::Html { Self::Json } else { self }
+    }
+
+    /// Whether `Accept` names HTML.
+    pub(super) fn names_html(headers: &HeaderMap) -> bool {
+        headers.get_all(ACCEPT).iter().any(|line| line.to_str().is_ok_and(|line| line.contains("text/html")))
+    }
+
     /// The form that `Accept` likes best (RFC 9110 §12.5.1), of equals the one it
     /// names; HTML where it is a draw, so that `*/*` and no word at all give HTML.
     pub(super) fn of(headers: &HeaderMap) -> Self {
@@ -261,6 +297,7 @@ mod tests {
             method: &Method::GET,
             version: Version::HTTP_11,
             accept: Form::Json,
+            html: false,
             grpc: None,
             template,
             id: &id,

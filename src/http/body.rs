@@ -12,13 +12,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::answer;
 use super::origins::Origin;
 use super::pulse::Pulse;
 use super::record::{Record, Tally};
 use crate::error::Error;
+use crate::gate::{self, Held};
 
 /// A visitor's request body on its way to the origin.
 pub(super) struct Upload {
@@ -105,8 +106,11 @@ impl HttpBody for Upload {
             return Poll::Pending;
         };
         Poll::Ready(match frame {
-            Some(Ok(frame)) => {
+            Some(Ok(mut frame)) => {
                 self.tally.sent_up(frame.data_ref().map_or(0, Bytes::len));
+                if let Some(trailers) = frame.trailers_mut() {
+                    gate::strip(trailers, true);
+                }
                 Some(Ok(frame))
             }
             Some(Err(broken)) => {
@@ -155,6 +159,9 @@ pub(super) struct Body {
     unframed: Option<Arc<Pulse>>,
     /// A gRPC call's answer: breaks off with a status.
     grpc: bool,
+    /// What breaks it off once its visitor no longer passes the gate. The permit
+    /// outlives the future that waits for it.
+    held: Option<(Pin<Box<WaitForCancellationFutureOwned>>, Held)>,
 }
 
 enum Source {
@@ -175,11 +182,18 @@ impl Body {
 
     /// The origin's body and the connection that it comes over.
     pub(super) fn origin(incoming: Incoming, origin: Origin) -> Self {
-        Self { source: Source::Origin(incoming), origin: Some(origin), record: None, unframed: None, grpc: false }
+        Self {
+            source: Source::Origin(incoming),
+            origin: Some(origin),
+            record: None,
+            unframed: None,
+            grpc: false,
+            held: None,
+        }
     }
 
     fn of(source: Source) -> Self {
-        Self { source, origin: None, record: None, unframed: None, grpc: false }
+        Self { source, origin: None, record: None, unframed: None, grpc: false, held: None }
     }
 
     /// Ties the request's account to this body.
@@ -200,6 +214,12 @@ impl Body {
         self
     }
 
+    /// Breaks off once its visitor no longer passes the gate.
+    pub(super) fn held(mut self, held: Held) -> Self {
+        self.held = Some((Box::pin(held.cut().clone().cancelled_owned()), held));
+        self
+    }
+
     fn count(&mut self, bytes: usize) {
         if let Some(record) = &self.record {
             record.tally.sent_down(bytes);
@@ -216,8 +236,7 @@ impl Body {
     }
 
     /// The origin's body broke off: so must ours, visibly.
-    fn break_off(&mut self, why: &hyper::Error) -> Error {
-        let why = Error::within(why).unwrap_or(Error::OriginReset);
+    fn break_off(&mut self, why: Error) -> Error {
         let error = match &self.record {
             Some(record) => {
                 record.tally.fail(why);
@@ -232,11 +251,29 @@ impl Body {
     }
 }
 
+impl Body {
+    /// What a body that broke off ends with.
+    fn broken(&mut self, error: Error) -> Result<Frame<Bytes>, Error> {
+        self.held = None;
+        if !self.grpc {
+            return Err(error);
+        }
+        self.source = Source::Empty;
+        self.origin = None;
+        Ok(Frame::trailers(answer::trailers(error)))
+    }
+}
+
 impl HttpBody for Body {
     type Data = Bytes;
     type Error = Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        let closed = self.held.as_mut().is_some_and(|(cut, _)| cut.as_mut().poll(cx).is_ready());
+        if closed && !self.is_end_stream() {
+            let error = self.break_off(Error::GateClosed);
+            return Poll::Ready(Some(self.broken(error)));
+        }
         let frame = match &mut self.source {
             Source::Empty => None,
             Source::Page(page) => {
@@ -263,13 +300,8 @@ impl HttpBody for Body {
                 Some(Ok(frame))
             }
             Some(Err(why)) => {
-                let error = self.break_off(&why);
-                if self.grpc {
-                    self.source = Source::Empty;
-                    self.origin = None;
-                    return Poll::Ready(Some(Ok(Frame::trailers(answer::trailers(error)))));
-                }
-                Some(Err(error))
+                let error = self.break_off(Error::within(&why).unwrap_or(Error::OriginReset));
+                Some(self.broken(error))
             }
             None => {
                 self.finish();

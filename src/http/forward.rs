@@ -28,6 +28,7 @@ use super::upgrade::Upgrade;
 use super::{Chain, Connection, Dial, Http, Protocol, websocket};
 use crate::dial::Way;
 use crate::error::Error;
+use crate::gate::{self, Pass, Verdict};
 use crate::model::{HostName, SocketType};
 use crate::proxy_protocol::{self, Extras};
 use crate::routes::{Route, Routes};
@@ -91,11 +92,13 @@ impl<D: Dial> Http<D> {
             method: &method,
             version,
             accept: Form::of(&parts.headers),
+            html: Form::names_html(&parts.headers),
             grpc: grpc.as_ref(),
             template: &self.template,
             id: &id,
         };
-        let mut answer = match self.answer(connection, &asker, parts, upload, &mut record).await {
+        let mut pass = None;
+        let mut answer = match self.answer(connection, &asker, parts, upload, &mut record, &mut pass).await {
             Ok(answer) => answer,
             Err(error) => {
                 record.tally.fail(error);
@@ -107,6 +110,10 @@ impl<D: Dial> Http<D> {
         {
             answer.response.headers_mut().entry(STRICT_TRANSPORT_SECURITY).or_insert_with(|| hsts.value().clone());
         }
+        let held = pass.and_then(|pass: Pass| {
+            pass.answered(answer.response.headers_mut());
+            pass.held
+        });
         if unguarded && answer.switch.is_none() {
             answer.response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -115,7 +122,7 @@ impl<D: Dial> Http<D> {
         pulse.answers();
         match answer.switch {
             Some(Switch { visitor, origin, guard, websocket }) => {
-                let upgrade = Upgrade { visitor, origin, guard, websocket, record };
+                let upgrade = Upgrade { visitor, origin, guard, websocket, record, held };
                 match version {
                     Version::HTTP_2 => {
                         let (drain, cut) = (connection.drain.clone(), connection.cut.clone());
@@ -130,7 +137,10 @@ impl<D: Dial> Http<D> {
                 let framed = version != Version::HTTP_10 || body.size_hint().exact().is_some();
                 let body = if framed { body } else { body.unframed(Arc::clone(pulse)) };
                 let body = if grpc.is_some() && version == Version::HTTP_2 { body.grpc() } else { body };
-                body.accounted(record)
+                match held {
+                    Some(held) if !body.is_end_stream() => body.accounted(record).held(held),
+                    _ => body.accounted(record),
+                }
             }),
         }
     }
@@ -142,6 +152,7 @@ impl<D: Dial> Http<D> {
         mut parts: Parts,
         upload: Upload,
         record: &mut Record,
+        passed: &mut Option<Pass>,
     ) -> Result<Answer, Error> {
         let tunnelled = parts.method == Method::CONNECT
             && parts
@@ -159,15 +170,39 @@ impl<D: Dial> Http<D> {
         let Authority { text: authority, host } = authority.ok_or(Error::NoSocket)?;
         record.host.clone_from(&host);
         let route = self.route(connection, &host)?;
-        record.route = Some(Arc::clone(&route));
+        record.route.clone_from(&route);
         let secure = connection.via.tls.is_some();
         let asked = Asked::of(&parts.headers, &connection.visitor, secure, &self.settings.trusted_peers);
         if let Some(ip) = asked.instead_of_peer() {
             record.visitor.addr.set_ip(ip);
         }
-        if route.socket.redirect_https && !asked.secure {
+        if route.as_ref().is_some_and(|route| route.socket.redirect_https) && !asked.secure {
             return Ok(answer::redirect(asker, &host, self.settings.public_https_port, &target.to_string()).into());
         }
+        let gate = gate::Asked {
+            route: route.as_ref(),
+            host: &host,
+            authority: &authority,
+            method: &parts.method,
+            target: &target,
+            headers: &parts.headers,
+            ip: record.visitor.ip(),
+            secure: asked.secure,
+            upgrade: tunnelled || parts.headers.contains_key(UPGRADE),
+            id: asker.id,
+        };
+        if self.gates.is_ours(&gate) {
+            return Ok(answer::gate(asker, self.gates.serve(&gate)).into());
+        }
+        let pass = match self.gates.admit(&gate).await {
+            Verdict::Passes(pass) => passed.insert(pass),
+            Verdict::Answers(reply) => return Ok(answer::gate(asker, reply).into()),
+            Verdict::Refuses { error, headers } => {
+                record.tally.fail(error);
+                return Ok(answer::refused(asker, error, headers).into());
+            }
+        };
+        let Some(route) = route else { return Err(Error::NoSocket) };
         let mut protocol = match tunnelled {
             true => Some(HeaderValue::from_static("websocket")),
             false => headers::wanted_upgrade(parts.version, &parts.method, &parts.headers),
@@ -193,6 +228,7 @@ impl<D: Dial> Http<D> {
             // RFC 9110 §8.6: some origins refuse these without a length (HTTP/2 needs none).
             parts.headers.entry(CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
         }
+        self.gates.tell_origin(pass, &mut parts.headers, &host);
         route.socket.request_headers.apply(&mut parts.headers);
         if let Some(key) = &key {
             parts.method = Method::GET;
@@ -206,22 +242,33 @@ impl<D: Dial> Http<D> {
         let http2 = route.socket.upstream.http2;
         self.hear_interim(&mut request, parts.version, http2, &connection.pulse);
 
-        self.forward(connection, &route, &host, request, wanted, record).await
+        let forwarded = self.forward(connection, &route, &host, request, wanted, record);
+        match &pass.held {
+            None => forwarded.await,
+            Some(held) => tokio::select! {
+                biased;
+                forwarded = forwarded => forwarded,
+                () = held.cut().cancelled() => Err(Error::GateClosed),
+            },
+        }
     }
 
-    /// The socket that a request for `host` on this connection reaches. What is
-    /// not reachable here answers as what does not exist.
-    fn route(&self, connection: &Arc<Connection>, host: &str) -> Result<Arc<Route>, Error> {
+    /// The socket that a request for `host` on this connection reaches; none: the
+    /// host where visitors log in. What is not reachable here answers as what does
+    /// not exist.
+    fn route(&self, connection: &Arc<Connection>, host: &str) -> Result<Option<Arc<Route>>, Error> {
         if let Some(tls) = &connection.via.tls
             && !Routes::same_name(tls.sni.as_ref(), host)
             && !(tls.covers)(host)
         {
             return Err(Error::Misdirected);
         }
-        self.routes
-            .by_host(host)
-            .filter(|r| matches!(r.socket.kind, SocketType::Http | SocketType::Https))
-            .ok_or(Error::NoSocket)
+        if self.gates.is_auth_host(host) {
+            return Ok(None);
+        }
+        let route = self.routes.by_host(host);
+        let route = route.filter(|r| matches!(r.socket.kind, SocketType::Http | SocketType::Https));
+        route.map(Some).ok_or(Error::NoSocket)
     }
 
     /// Leaves it to the origin to ask for an announced body, where the visitor

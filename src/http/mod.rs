@@ -49,6 +49,7 @@ use self::pulse::{Pulse, Then};
 use self::record::{Record, Tally};
 use crate::dial::Dial;
 use crate::error::Error;
+use crate::gate::Gates;
 use crate::metrics::Present;
 use crate::model::{HostName, Visitor};
 use crate::routes::Routes;
@@ -102,6 +103,7 @@ pub struct Http<D> {
     origin_tls: OriginTls,
     origins: Arc<Origins>,
     template: Template,
+    gates: Arc<Gates>,
     tracker: TaskTracker,
 }
 
@@ -150,13 +152,14 @@ impl<D: Dial> Http<D> {
     pub fn new(
         routes: Arc<Routes>,
         dialer: Arc<D>,
+        gates: Arc<Gates>,
         settings: HttpSettings,
         tracker: TaskTracker,
     ) -> Result<Arc<Self>, String> {
         let template = Template::read(settings.error_page.as_deref())?;
         let origin_tls = OriginTls::new(settings.origin_tls, settings.origin_ca_file.clone());
         let origins = Origins::new(&settings, tracker.clone());
-        Ok(Arc::new(Self { routes, dialer, settings, origin_tls, origins, template, tracker }))
+        Ok(Arc::new(Self { routes, dialer, settings, origin_tls, origins, template, gates, tracker }))
     }
 
     /// Closes the connections to origins that wait for a request, and keeps no

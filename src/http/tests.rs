@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::dial::{Dialed, Way};
+use crate::gate::Gates;
 use crate::limits::Permit;
 use crate::model::{Socket, SocketType, TunnelId};
 use crate::routes::Route;
@@ -123,7 +124,8 @@ impl World {
         routes.put_socket(ruled.unwrap());
         let visits = Arc::new(Visits::default());
         let dial = FakeDial { origin, fails, visits: Arc::clone(&visits) };
-        let http = Http::new(routes, Arc::new(dial), settings, TaskTracker::new()).unwrap();
+        let gates = Gates::over(Arc::clone(&routes));
+        let http = Http::new(routes, Arc::new(dial), gates, settings, TaskTracker::new()).unwrap();
         Self { http, visits, drain: CancellationToken::new(), cut: CancellationToken::new() }
     }
 

@@ -16,6 +16,7 @@ use super::io::{OriginIo, VisitorIo};
 use super::record::Record;
 use super::websocket;
 use crate::error::Error;
+use crate::gate::Held;
 use crate::metrics::Present;
 use crate::relay::{RelaySettings, relay};
 use crate::stream::{Duplex, Stream};
@@ -33,14 +34,19 @@ pub(super) struct Upgrade {
     /// Whether it is a WebSocket, which can be told to leave.
     pub(super) websocket: bool,
     pub(super) record: Record,
+    /// What cuts it once it no longer passes its gate.
+    pub(super) held: Option<Held>,
 }
+
+/// How long a WebSocket that no longer passes may take to end its frame.
+const LAST_FRAME: Duration = Duration::from_secs(2);
 
 impl Upgrade {
     /// Relays until the upgraded connection ends, or is silent for `idle`; its
     /// record is told then. A WebSocket is closed in good order once `drain` is
     /// cancelled.
     pub(super) async fn run(self, idle: Duration, drain: CancellationToken, cut: CancellationToken) {
-        let Self { visitor, origin, guard, websocket, mut record } = self;
+        let Self { visitor, origin, guard, websocket, mut record, held } = self;
         let _present = Present::new(metrics::gauge!("adit_upgrades"));
         let streams = async {
             let visitor = visitor_stream(visitor.await.ok()?);
@@ -54,12 +60,37 @@ impl Upgrade {
         if let Some(guard) = guard {
             guard.disarm();
         }
+        let gate = held.as_ref().map(Held::cut);
         let (visitor, origin) = match websocket {
-            true => websocket::leaving_at(&drain, visitor, origin),
+            true => websocket::leaving_at(&drain, gate, visitor, origin),
             false => (visitor, origin),
         };
         let quiet = RelaySettings { idle, ..RelaySettings::default() };
-        let relayed = relay(visitor, origin, &quiet, &cut).await;
+        let cut = cut.child_token();
+        let relayed = relay(visitor, origin, &quiet, &cut);
+        let mut relayed = std::pin::pin!(relayed);
+        let closed = async {
+            match gate {
+                Some(gate) => gate.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
+        let relayed = tokio::select! {
+            relayed = &mut relayed => relayed,
+            () = closed => {
+                let last = if websocket { LAST_FRAME } else { Duration::ZERO };
+                match tokio::time::timeout(last, &mut relayed).await {
+                    Ok(relayed) => relayed,
+                    Err(_) => {
+                        cut.cancel();
+                        relayed.await
+                    }
+                }
+            }
+        };
+        if gate.is_some_and(CancellationToken::is_cancelled) {
+            record.tally.fail(Error::GateClosed);
+        }
         record.tally.sent_up(usize::try_from(relayed.up).unwrap_or(usize::MAX));
         record.tally.sent_down(usize::try_from(relayed.down).unwrap_or(usize::MAX));
         match relayed.error() {

@@ -20,6 +20,10 @@ use crate::stream::{Duplex, Stream};
 const GOING_AWAY: &[u8] = &[0x88, 2, 0x03, 0xe9];
 const GOING_AWAY_MASKED: &[u8] = &[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe9];
 
+/// The same with code 1008, "policy violation".
+const NOT_ALLOWED: &[u8] = &[0x88, 2, 0x03, 0xf0];
+const NOT_ALLOWED_MASKED: &[u8] = &[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xf0];
+
 /// A new `Sec-WebSocket-Key`: 16 random bytes.
 pub(super) fn new_key() -> HeaderValue {
     let mut bits = [0u8; 16];
@@ -36,14 +40,20 @@ pub(super) fn accepts(answer: &HeaderMap, key: &HeaderValue) -> bool {
 }
 
 /// Both streams of a WebSocket, which end with a close frame once `drain` is
-/// cancelled.
-pub(super) fn leaving_at(drain: &CancellationToken, visitor: Stream, origin: Stream) -> (Stream, Stream) {
-    let leaving = |stream, goodbye| {
+/// cancelled, or `gate`, whose visitor may not go on.
+pub(super) fn leaving_at(
+    drain: &CancellationToken,
+    gate: Option<&CancellationToken>,
+    visitor: Stream,
+    origin: Stream,
+) -> (Stream, Stream) {
+    let leaving = |stream, going: &'static [u8], denied: &'static [u8]| {
         let drain = Box::pin(drain.clone().cancelled_owned());
-        Stream::other(Leaving { stream, frames: Frames::default(), drain, goodbye, left: false })
+        let gate = gate.map(|gate| (Box::pin(gate.clone().cancelled_owned()), denied));
+        Stream::other(Leaving { stream, frames: Frames::default(), drain, gate, goodbye: going, left: false })
     };
     // What is read from one side is what the other is told.
-    (leaving(visitor, GOING_AWAY_MASKED), leaving(origin, GOING_AWAY))
+    (leaving(visitor, GOING_AWAY_MASKED, NOT_ALLOWED_MASKED), leaving(origin, GOING_AWAY, NOT_ALLOWED))
 }
 
 /// One side: what is read from it ends between two frames, with a goodbye.
@@ -51,6 +61,8 @@ struct Leaving {
     stream: Stream,
     frames: Frames,
     drain: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// The same, with another goodbye.
+    gate: Option<(Pin<Box<WaitForCancellationFutureOwned>>, &'static [u8])>,
     goodbye: &'static [u8],
     left: bool,
 }
@@ -60,8 +72,15 @@ impl Leaving {
     /// has to go on.
     fn poll_goodbye(&mut self, cx: &mut Context<'_>) -> Option<&'static [u8]> {
         if !self.left {
-            if !self.frames.is_between() || self.drain.as_mut().poll(cx).is_pending() {
+            if !self.frames.is_between() {
                 return None;
+            }
+            let denied =
+                self.gate.as_mut().and_then(|(gate, denied)| gate.as_mut().poll(cx).is_ready().then_some(*denied));
+            match denied {
+                Some(denied) => self.goodbye = denied,
+                None if self.drain.as_mut().poll(cx).is_ready() => {}
+                None => return None,
             }
             self.left = true;
         }
@@ -213,7 +232,7 @@ mod tests {
     async fn both_sides_hear_a_close_between_two_frames() {
         let drain = CancellationToken::new();
         let ((visitor, near), (origin, far)) = (duplex(1 << 20), duplex(1 << 20));
-        let (near, far) = leaving_at(&drain, Stream::other(near), Stream::other(far));
+        let (near, far) = leaving_at(&drain, None, Stream::other(near), Stream::other(far));
         let (mut near, mut far, mut visitor, mut origin) = (near, far, visitor, origin);
         let large = frame(false, 1000);
         origin.write_all(&large[..500]).await.unwrap();

@@ -1,0 +1,219 @@
+//! What the origin is told of who asks: headers, and a short-lived signed token
+//! that it can check against `https://AUTH/.adit/jwks.json`. Whatever the visitor
+//! sent that could pass for it goes first.
+
+use std::hash::{BuildHasher, RandomState};
+
+use dashmap::DashMap;
+use data_encoding::BASE64URL_NOPAD;
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+use serde_json::json;
+
+use super::who::Who;
+use crate::logins::seal::Seals;
+use crate::model::identity::Moment;
+
+const USER: HeaderName = HeaderName::from_static("x-adit-user");
+const KIND: HeaderName = HeaderName::from_static("x-adit-user-kind");
+const EMAIL: HeaderName = HeaderName::from_static("x-adit-user-email");
+const SUBJECT: HeaderName = HeaderName::from_static("x-adit-user-sub");
+const PROVIDER: HeaderName = HeaderName::from_static("x-adit-user-idp");
+const JWT: HeaderName = HeaderName::from_static("x-adit-jwt");
+
+/// How long a token counts, in seconds.
+const LIFE: u64 = 300;
+/// How long one is used again, in seconds.
+const REUSE: u64 = 60;
+/// Most tokens that are kept; beyond, all are forgotten at once.
+const KEPT_MAX: usize = 100_000;
+
+/// What origins commonly take for who somebody is, in lower case with `-` for `_`:
+/// names, or beginnings of them.
+const SPOOFS: [&str; 11] = [
+    "x-forwarded-user",
+    "x-forwarded-email",
+    "x-forwarded-groups",
+    "x-forwarded-preferred-username",
+    "x-forwarded-access-token",
+    "x-auth-request-",
+    "remote-user",
+    "x-remote-user",
+    "x-webauth-",
+    "x-authenticated-",
+    "x-goog-authenticated-user-",
+];
+
+/// Takes out what could pass for what we say: all that begins with `x-adit-` and,
+/// where the gate tells who somebody is, what origins commonly believe. Case and
+/// `_` for `-` make no difference, as they make none to origins.
+pub fn strip(headers: &mut HeaderMap, gated: bool) {
+    let begins = |name: &str, with: &str| {
+        let same = |(a, b): (u8, u8)| a == b || (a == b'_' && b == b'-');
+        name.len() >= with.len() && name.bytes().zip(with.bytes()).all(same)
+    };
+    let fake = |name: &&HeaderName| {
+        let name = name.as_str();
+        begins(name, "x-adit-") || begins(name, "adit-") || (gated && SPOOFS.iter().any(|spoof| begins(name, spoof)))
+    };
+    if headers.keys().any(|name| fake(&name)) {
+        let fakes: Vec<HeaderName> = headers.keys().filter(fake).cloned().collect();
+        for name in fakes {
+            headers.remove(name);
+        }
+    }
+}
+
+/// Signs, and keeps what was signed for a minute.
+#[derive(Debug, Default)]
+pub(super) struct Assertions {
+    hasher: RandomState,
+    kept: DashMap<u64, Kept>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    kind: &'static str,
+    name: String,
+    host: String,
+    at: Moment,
+    kid: String,
+    token: HeaderValue,
+}
+
+impl Assertions {
+    /// Tells the origin of `host` who asks.
+    pub(super) fn tell(
+        &self,
+        headers: &mut HeaderMap,
+        who: &Who,
+        host: &str,
+        issuer: &str,
+        seals: Option<&Seals>,
+        now: Moment,
+    ) {
+        let mut set = |name: HeaderName, value: &str| {
+            // Only what is the same to everybody: an address beyond ASCII is in the token.
+            if value.bytes().all(|b| b.is_ascii_graphic() || b == b' ')
+                && let Ok(value) = HeaderValue::from_str(value)
+            {
+                headers.insert(name, value);
+            }
+        };
+        let kind = who.kind();
+        match who {
+            Who::Nobody => return,
+            Who::User { name, .. } | Who::Token { name, .. } => set(USER, name),
+            Who::Session(session) => {
+                if let Some(email) = &session.email {
+                    set(USER, email);
+                    set(EMAIL, email);
+                }
+                set(SUBJECT, &session.subject);
+                set(PROVIDER, &session.provider);
+            }
+        }
+        set(KIND, kind);
+        if let Some(token) = seals.and_then(|seals| self.token(who, host, issuer, seals, now)) {
+            headers.insert(JWT, token);
+        }
+    }
+
+    fn token(&self, who: &Who, host: &str, issuer: &str, seals: &Seals, now: Moment) -> Option<HeaderValue> {
+        let (kind, name, kid) = (who.kind(), who.name(), seals.signing_kid(now)?);
+        let at = self.hasher.hash_one((kind, name, host));
+        if let Some(kept) = self.kept.get(&at)
+            && (kept.kind, kept.name.as_str(), kept.host.as_str(), kept.kid.as_str())
+                == (kind, name, host, kid.as_str())
+            && now.0 < kept.at.0 + REUSE
+            && now >= kept.at
+        {
+            return Some(kept.token.clone());
+        }
+        let mut claims = json!({
+            "iss": issuer,
+            "aud": host,
+            "kind": kind,
+            "iat": now.0,
+            "nbf": now.0.saturating_sub(LIFE / 5),
+            "exp": now.0 + LIFE,
+        });
+        let fields = claims.as_object_mut()?;
+        match who {
+            Who::Session(session) => {
+                fields.insert("sub".into(), session.subject.as_str().into());
+                fields.insert("idp".into(), session.provider.as_str().into());
+                fields.insert("idp_iss".into(), session.issuer.as_str().into());
+                fields.insert("sid".into(), session.name.as_str().into());
+                fields.insert("email".into(), session.email.as_deref().into());
+                fields.insert("auth_time".into(), session.auth_time.into());
+            }
+            Who::User { .. } | Who::Token { .. } | Who::Nobody => {
+                fields.insert("sub".into(), name.into());
+            }
+        }
+        let (message, signature) = seals.sign(now, |kid| {
+            let head = json!({ "alg": "EdDSA", "typ": "JWT", "kid": kid.as_str() }).to_string();
+            let part = |text: &str| BASE64URL_NOPAD.encode(text.as_bytes());
+            format!("{}.{}", part(&head), part(&claims.to_string()))
+        })?;
+        let token = HeaderValue::from_str(&format!("{message}.{}", BASE64URL_NOPAD.encode(&signature))).ok()?;
+        if self.kept.len() >= KEPT_MAX {
+            self.kept.clear();
+        }
+        let (name, host, kid) = (name.to_owned(), host.to_owned(), kid.to_string());
+        self.kept.insert(at, Kept { kind, name, host, at: now, kid, token: token.clone() });
+        Some(token)
+    }
+}
+
+/// The keys that origins check tokens by (RFC 7517, RFC 8037), the next one among
+/// them before it signs.
+pub(super) fn jwks(seals: Option<&Seals>, now: Moment) -> serde_json::Value {
+    let key = |(kid, public): (&crate::model::KeyId, &[u8])| {
+        json!({
+            "kty": "OKP",
+            "crv": "Ed25519",
+            "alg": "EdDSA",
+            "use": "sig",
+            "kid": kid.as_str(),
+            "x": BASE64URL_NOPAD.encode(public),
+        })
+    };
+    let keys: Vec<_> = seals.map(|seals| seals.public_keys(now).map(key).collect()).unwrap_or_default();
+    json!({ "keys": keys })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_a_visitor_sends_passes_for_what_we_say() {
+        let names = [
+            "x-adit-user-email",
+            "X-Adit-Jwt",
+            "x_adit_jwt",
+            "X_ADIT_user_email",
+            "x-adit-anything",
+            "Remote-User",
+            "remote_user",
+            "X-Forwarded-User",
+            "x_forwarded_email",
+            "X-Auth-Request-Email",
+            "X-WEBAUTH-USER",
+            "Adit-Service-Token",
+        ];
+        let mut headers = HeaderMap::new();
+        for name in names {
+            headers.append(name.parse::<HeaderName>().unwrap(), HeaderValue::from_static("eve"));
+        }
+        headers.append("x-other", HeaderValue::from_static("1"));
+        headers.append("x-forwarded-for", HeaderValue::from_static("1"));
+        let mut open = headers.clone();
+        strip(&mut headers, true);
+        assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-other", "x-forwarded-for"]);
+        // What has no gate keeps what is none of our business.
+        strip(&mut open, false);
+        assert!(open.contains_key("remote-user") && !open.contains_key("x_adit_jwt"));
+    }
+}

@@ -1,0 +1,166 @@
+//! Passwords that visitors send: checked in constant time, within a budget of the
+//! node, of the socket and of the address, and remembered for a while by a keyed
+//! hash, because a check costs tens of milliseconds and a page has many requests.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::hmac;
+use dashmap::DashMap;
+
+use super::settings::GateSettings;
+use crate::limits::{Rates, share_of};
+use crate::model::identity::PasswordHash;
+use crate::password;
+
+/// Most passwords that are remembered; beyond, all are forgotten at once.
+const REMEMBERED_MAX: usize = 100_000;
+
+/// Checks passwords.
+pub(super) struct Passwords {
+    key: hmac::Key,
+    known: DashMap<[u8; 32], Instant>,
+    memory: Duration,
+    node: Rates<()>,
+    per_place: Rates<String>,
+    per_address: Rates<IpAddr>,
+    exempt_loopback: bool,
+    /// What names that do not exist are held against, so that they take as long.
+    nobody: Option<PasswordHash>,
+    /// One at a time: what waits is bounded by the budget.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// What a check came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Checked {
+    /// It is the password; whether it had to be computed.
+    Right {
+        /// It was not known from before.
+        anew: bool,
+    },
+    /// It is not.
+    Wrong,
+    /// It was not looked at: too many came; when to try again.
+    Busy(Duration),
+}
+
+impl Passwords {
+    /// A checker with these budgets; loopback's addresses have none if
+    /// `exempt_loopback`.
+    ///
+    /// # Errors
+    /// The system has no random bytes.
+    pub(super) fn new(settings: &GateSettings, exempt_loopback: bool) -> Result<Self, String> {
+        let key = hmac::Key::generate(hmac::HMAC_SHA256, &aws_lc_rs::rand::SystemRandom::new());
+        let rate = |per_second: u32| f64::from(per_second);
+        let address = f64::from(settings.passwords_per_address);
+        Ok(Self {
+            key: key.map_err(|_| "the system has no random bytes".to_owned())?,
+            known: DashMap::new(),
+            memory: settings.password_memory,
+            node: Rates::new(rate(settings.passwords_per_second), rate(settings.passwords_per_second) * 20.0),
+            per_place: Rates::new(rate(settings.passwords_per_socket), rate(settings.passwords_per_socket) * 10.0),
+            per_address: Rates::new(address / 60.0, address),
+            exempt_loopback,
+            nobody: password::hash("nobody has this password").ok(),
+            turn: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    /// Whether `password` is the one of `hash`; of nobody, where there is no such
+    /// name. `place` is the socket or account, `name` who they say they are.
+    pub(super) async fn check(
+        &self,
+        place: &str,
+        ip: IpAddr,
+        name: &str,
+        password: &str,
+        hash: Option<&PasswordHash>,
+    ) -> Checked {
+        let remembered = self.remembered(place, name, password, hash);
+        if self.known.get(&remembered).is_some_and(|until| Instant::now() < *until) {
+            return Checked::Right { anew: false };
+        }
+        let now = Instant::now();
+        let exempt = self.exempt_loopback && ip.to_canonical().is_loopback();
+        let taken = if exempt { Ok(()) } else { self.per_address.take(share_of(ip.to_canonical()), now) };
+        let taken =
+            taken.and_then(|()| self.per_place.take(place.to_owned(), now)).and_then(|()| self.node.take((), now));
+        if let Err(wait) = taken {
+            return Checked::Busy(wait);
+        }
+        let Some(held) = hash.or(self.nobody.as_ref()).cloned() else { return Checked::Wrong };
+        let (given, there) = (password.to_owned(), hash.is_some());
+        let right = {
+            let _turn = self.turn.lock().await;
+            tokio::task::spawn_blocking(move || password::verify(&held, &given)).await.unwrap_or(false)
+        };
+        if !(right && there) {
+            return Checked::Wrong;
+        }
+        if self.known.len() >= REMEMBERED_MAX {
+            self.known.clear();
+        }
+        self.known.insert(remembered, Instant::now() + self.memory);
+        Checked::Right { anew: true }
+    }
+
+    /// The name of what was right; another hash is another name, so that a changed
+    /// password is asked for at once.
+    fn remembered(&self, place: &str, name: &str, password: &str, hash: Option<&PasswordHash>) -> [u8; 32] {
+        let mut context = hmac::Context::with_key(&self.key);
+        for part in [place, name, password, hash.map_or("", PasswordHash::as_str)] {
+            context.update(&(part.len() as u64).to_be_bytes());
+            context.update(part.as_bytes());
+        }
+        context.sign().as_ref().try_into().unwrap_or([0; 32])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const IP: &str = "192.0.2.1";
+
+    fn passwords() -> Passwords {
+        Passwords::new(&GateSettings { passwords_per_address: 3, ..GateSettings::default() }, false).unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_was_right_is_remembered_until_it_changes() {
+        let passwords = passwords();
+        let (ip, hash) = (IP.parse().unwrap(), password::hash("right").unwrap());
+        assert_eq!(passwords.check("s", ip, "ann", "right", Some(&hash)).await, Checked::Right { anew: true });
+        for _ in 0..100 {
+            assert_eq!(passwords.check("s", ip, "ann", "right", Some(&hash)).await, Checked::Right { anew: false });
+        }
+        // Neither elsewhere, nor of another, nor after a change.
+        let other = password::hash("changed").unwrap();
+        assert_eq!(passwords.check("s", ip, "ann", "right", Some(&other)).await, Checked::Wrong);
+        assert_eq!(passwords.check("s", ip, "bob", "right", None).await, Checked::Wrong);
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_wrong_passwords_is_not_even_looked_at() {
+        let passwords = passwords();
+        let (ip, hash) = (IP.parse().unwrap(), password::hash("right").unwrap());
+        assert_eq!(passwords.check("s", ip, "ann", "right", Some(&hash)).await, Checked::Right { anew: true });
+        let mut wrong = 0;
+        let began = Instant::now();
+        for i in 0..2000 {
+            match passwords.check("s", ip, "ann", &format!("wrong {i}"), Some(&hash)).await {
+                Checked::Wrong => wrong += 1,
+                Checked::Busy(wait) => assert!(wait <= Duration::from_secs(20), "{wait:?}"),
+                Checked::Right { .. } => panic!("{i}"),
+            }
+        }
+        assert!(wrong <= 2 + began.elapsed().as_secs() / 10, "{wrong} were looked at");
+        assert_eq!(
+            passwords.check("s", ip, "ann", "right", Some(&hash)).await,
+            Checked::Right { anew: false },
+            "who was in stays in"
+        );
+    }
+}
