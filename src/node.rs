@@ -373,7 +373,8 @@ async fn until(stop: CancellationToken, work: impl Future<Output = ()> + Send) {
 fn made_up_tls(config: &Config, state: &StateDir, certificates: &Certificates) -> Result<Option<DevTls>, Failure> {
     let Some(domain) = config.node.domain.as_ref().filter(|_| config.tls.make_certificate) else { return Ok(None) };
     let dir = state.file("tls");
-    let made = DevTls::load_or_make(&dir, domain).map_err(|error| Failure::State { path: dir, error })?;
+    let made = DevTls::load_or_make(&dir, domain, config.gate.host.as_ref())
+        .map_err(|error| Failure::State { path: dir, error })?;
     certificates.put_default(&made.chain_pem, &made.key_pem).map_err(Failure::Start)?;
     Ok(Some(made))
 }

@@ -8,6 +8,12 @@ use hyper::header::{COOKIE, HeaderMap, HeaderValue, SET_COOKIE};
 pub(super) const OURS: &str = "__Host-adit_";
 /// A login.
 pub(super) const SESSION: &str = "__Host-adit_s";
+/// A login that was begun, on a socket's host; its id follows.
+pub(super) const FLOW: &str = "__Host-adit_f_";
+/// The same on the auth host.
+pub(super) const LOGIN: &str = "__Host-adit_l_";
+/// Whom somebody let see their address, on the auth host.
+pub(super) const CONSENT: &str = "__Host-adit_k";
 
 /// The values of the cookies of this name, in the order in which they came.
 pub(super) fn values<'a>(headers: &'a HeaderMap, name: &'a str) -> impl Iterator<Item = &'a str> {
@@ -15,6 +21,15 @@ pub(super) fn values<'a>(headers: &'a HeaderMap, name: &'a str) -> impl Iterator
     lines.flat_map(|line| line.split(';')).filter_map(move |pair| {
         let (key, value) = pair.split_once('=')?;
         (key.trim() == name).then(|| value.trim())
+    })
+}
+
+/// The cookies whose names begin so.
+pub(super) fn named<'a>(headers: &'a HeaderMap, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
+    let lines = headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
+    lines.flat_map(|line| line.split(';')).filter_map(move |pair| {
+        let (key, value) = pair.split_once('=')?;
+        key.trim().starts_with(prefix).then(|| (key.trim(), value.trim()))
     })
 }
 
@@ -82,6 +97,11 @@ fn find(haystack: &[u8], needle: &[u8]) -> bool {
 /// A line that sets a cookie of ours, for so many seconds.
 pub(super) fn set(name: &str, value: &str, seconds: u64) -> Option<HeaderValue> {
     HeaderValue::from_str(&format!("{name}={value}; Path=/; Secure; HttpOnly; SameSite=Lax; Max-Age={seconds}")).ok()
+}
+
+/// A line that takes a cookie of ours out of the jar.
+pub(super) fn clear(name: &str) -> Option<HeaderValue> {
+    set(name, "", 0)
 }
 
 #[cfg(test)]

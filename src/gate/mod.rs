@@ -1,18 +1,23 @@
 //! What a visitor must pass before anything of theirs reaches an origin: addresses,
 //! passwords, tokens of programs, logins. **Begin at** `Gates::admit`: a request,
-//! top to bottom. Logins are `login`'s, what a login is worth `session`'s, what the
-//! origin is told `assertion`'s. Knows nothing of bodies and connections.
+//! top to bottom. How one logs in is `login`'s and out `logout`'s, what a login is
+//! worth `session`'s, what the origin is told `assertion`'s. Knows nothing of
+//! connections.
 
 mod assertion;
 mod cookies;
 pub mod identity;
 mod live;
+mod login;
+mod logout;
 mod pages;
 mod passwords;
 mod paths;
 pub mod providers;
+mod seen;
 mod session;
 mod settings;
+mod steps;
 mod who;
 
 use std::net::IpAddr;
@@ -37,9 +42,12 @@ pub use self::who::Who;
 
 use self::assertion::Assertions;
 use self::live::{Entry, Live};
+use self::login::{Destination, Stepped};
 use self::pages::Pages;
 use self::passwords::{Checked, Passwords};
 use self::paths::Found;
+use self::providers::Providers;
+use self::seen::Seen;
 use self::session::{Denied, Session};
 use crate::error::Error;
 use crate::feed::records::{Condition, Records};
@@ -49,7 +57,7 @@ use crate::logins::Logins;
 use crate::logins::seal::{Place, Purpose};
 use crate::model::gate::{Asks, Gate, PathRule};
 use crate::model::identity::{Moment, SealingKey};
-use crate::model::{Keyring, KeyringId, SocketId};
+use crate::model::{Keyring, KeyringId, ProviderId, SocketId};
 use crate::routes::{Route, Routes};
 
 /// A program's token.
@@ -58,6 +66,12 @@ const SERVICE_TOKEN: HeaderName = HeaderName::from_static("adit-service-token");
 const OURS: &str = "/.adit/";
 /// Lines of the audit about who was denied, per second.
 const AUDIT_LINES: f64 = 100.0;
+/// Logouts that one provider may tell per second.
+const LOGOUTS: f64 = 100.0;
+/// Longest body of a form of ours, in bytes.
+pub const FORM_MAX: usize = 16 << 10;
+/// How long a form of ours may take to come.
+pub const FORM_WAIT: Duration = Duration::from_secs(10);
 /// Longest credentials that are looked at, in bytes.
 const CREDENTIALS_MAX: usize = 2048;
 
@@ -87,6 +101,17 @@ pub struct Asked<'a> {
 }
 
 impl Asked<'_> {
+    fn id(&self) -> Option<&str> {
+        self.id.to_str().ok()
+    }
+
+    /// Whether a form of ours was sent by our own page: browsers say where a POST
+    /// comes from.
+    fn is_own_form(&self) -> bool {
+        let says = self.headers.contains_key(ORIGIN) || self.headers.contains_key("sec-fetch-site");
+        says && !self.is_foreign(&[])
+    }
+
     fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }
@@ -148,6 +173,30 @@ pub enum Verdict {
     },
 }
 
+/// What comes of a request for the gate itself.
+enum Served {
+    Reply(Reply),
+    Refused(Error),
+}
+
+impl Served {
+    fn nothing() -> Self {
+        Self::Reply(Reply::json(StatusCode::NOT_FOUND, &serde_json::json!({ "error": "not_found" })))
+    }
+}
+
+impl From<Reply> for Served {
+    fn from(reply: Reply) -> Self {
+        Self::Reply(reply)
+    }
+}
+
+impl From<Stepped> for Served {
+    fn from(stepped: Stepped) -> Self {
+        Self::Reply(stepped.unwrap_or_else(|stopped| *stopped))
+    }
+}
+
 /// What goes with a request that passes.
 #[derive(Debug)]
 pub struct Pass {
@@ -185,7 +234,14 @@ pub struct Gates {
     pages: Pages,
     passwords: Passwords,
     assertions: Assertions,
+    providers: Providers,
     live: Arc<Live>,
+    /// What was used, and may be once.
+    seen: Seen,
+    begun_by_address: Rates<IpAddr>,
+    begun_at_socket: Rates<String>,
+    logged_out_by: Rates<ProviderId>,
+    exempt_loopback: bool,
     /// Lines of the audit about who was denied.
     audit: Rates<()>,
     /// The port that URLs name, "" where it is the usual one.
@@ -212,11 +268,18 @@ impl Gates {
     /// # Errors
     /// Templates that cannot be used.
     pub fn new(settings: GateSettings, parts: Parts) -> Result<Arc<Self>, String> {
+        let (address, socket) = (f64::from(settings.logins_per_address), f64::from(settings.logins_per_socket));
         Ok(Arc::new(Self {
             pages: Pages::read(settings.pages.as_deref())?,
             passwords: Passwords::new(&settings, parts.exempt_loopback)?,
             assertions: Assertions::default(),
+            providers: Providers::new(settings.providers.clone())?,
             live: Arc::default(),
+            seen: Seen::default(),
+            begun_by_address: Rates::new(address / 60.0, address),
+            begun_at_socket: Rates::new(socket / 60.0, socket),
+            logged_out_by: Rates::new(LOGOUTS, LOGOUTS * 10.0),
+            exempt_loopback: parts.exempt_loopback,
             audit: Rates::new(AUDIT_LINES, AUDIT_LINES * 10.0),
             port: if parts.public_https_port == 443 { String::new() } else { format!(":{}", parts.public_https_port) },
             logins: parts.logins,
@@ -252,17 +315,76 @@ impl Gates {
         self.settings.host.as_ref().is_some_and(|auth| auth.as_str() == host)
     }
 
-    /// Answers a request for the gate itself.
-    pub fn serve(&self, asked: &Asked<'_>) -> Reply {
+    /// Answers a request for the gate itself; `body` is its whole body.
+    pub async fn serve(&self, asked: &Asked<'_>, body: &[u8]) -> Verdict {
+        if !asked.secure {
+            return Verdict::Answers(Reply::redirect(StatusCode::PERMANENT_REDIRECT, &self.here(asked)));
+        }
+        let served = match asked.route {
+            None => self.serve_auth_host(asked, body).await,
+            Some(route) => self.serve_socket(asked, route, body).await,
+        };
+        match served {
+            Served::Reply(reply) => Verdict::Answers(reply),
+            Served::Refused(error) => refused(error),
+        }
+    }
+
+    async fn serve_auth_host(&self, asked: &Asked<'_>, body: &[u8]) -> Served {
+        let Some(path) = asked.target.path().strip_prefix(OURS) else { return Served::nothing() };
+        let now = Moment::now();
         let get = matches!(*asked.method, Method::GET | Method::HEAD);
-        match asked.target.path() {
-            "/.adit/jwks.json" if get && asked.route.is_none() => {
-                let keys = assertion::jwks(self.logins.seals().as_deref(), Moment::now());
+        let post = *asked.method == Method::POST;
+        match path.split_once('/').map_or((path, None), |(path, provider)| (path, Some(provider))) {
+            ("jwks.json", None) if get => {
+                let keys = assertion::jwks(self.logins.seals().as_deref(), now);
                 let mut reply = Reply::json(StatusCode::OK, &keys);
                 reply.headers.insert(CACHE_CONTROL, HeaderValue::from_static("public, max-age=300"));
-                reply
+                reply.into()
             }
-            _ => Reply::json(StatusCode::NOT_FOUND, &serde_json::json!({ "error": "not_found" })),
+            ("start", None) if get => self.start(asked, now).await.into(),
+            ("cb", Some(provider)) if get => Box::pin(self.callback(asked, provider, now)).await.into(),
+            ("continue", None) if post => self.consented(asked, body, now).into(),
+            ("local", None) if post => self.password(asked, body, now).await.into(),
+            ("logout", None) if get => self.end_session(asked, now).await.into(),
+            ("out", None) if get => self.out(asked).into(),
+            ("backchannel", Some(provider)) if post => {
+                Box::pin(self.backchannel(asked, provider, body, now)).await.into()
+            }
+            _ => Served::nothing(),
+        }
+    }
+
+    async fn serve_socket(&self, asked: &Asked<'_>, route: &Arc<Route>, body: &[u8]) -> Served {
+        let Some(gate) = route.socket.gate.as_ref().filter(|gate| gate.oidc.is_some()) else {
+            return Served::nothing();
+        };
+        let socket = &route.socket.id;
+        if !gate.ip.as_ref().is_none_or(|rules| rules.allows(asked.ip)) {
+            self.tell(socket, asked, "ip", Err("address"));
+            return Served::Refused(Error::Forbidden);
+        }
+        if self.settings.host.is_none() {
+            tracing::error!(%socket, "this socket asks for logins, and this node has no gate.host");
+            return Served::Refused(Error::GateUnready);
+        }
+        let to = Destination { route: Arc::clone(route), gate: Arc::clone(gate) };
+        let now = Moment::now();
+        let get = matches!(*asked.method, Method::GET | Method::HEAD);
+        match asked.target.path().strip_prefix(OURS).unwrap_or_default() {
+            "finish" if get => self.finish(asked, &to, now).into(),
+            "login" if get => {
+                if !asked.navigates() {
+                    return Served::Refused(Error::Unauthorized);
+                }
+                let switch = asked.target.query() == Some("switch=1");
+                self.begin(asked, route, "/", switch, now).into()
+            }
+            "logout" if get => self.ask_to_log_out(asked, &to, now).into(),
+            "logout" if *asked.method == Method::POST => self.log_out(asked, &to, body, now).await.into(),
+            "out" if get => self.out(asked).into(),
+            "identity" if get => self.identity(asked, &to, now).into(),
+            _ => Served::nothing(),
         }
     }
 
@@ -281,9 +403,7 @@ impl Gates {
         }
         if !asked.secure {
             // Neither cookies nor passwords are read where anybody can write them.
-            let path = asked.target.path_and_query().map_or("/", |p| p.as_str());
-            let to = format!("https://{}{}{}", asked.host, self.port, if path.starts_with('/') { path } else { "/" });
-            return Verdict::Answers(Reply::redirect(StatusCode::PERMANENT_REDIRECT, &to));
+            return Verdict::Answers(Reply::redirect(StatusCode::PERMANENT_REDIRECT, &self.here(asked)));
         }
         let rules = match paths::find(&gate.rules, asked.target.path()) {
             Found::Public => return Verdict::Passes(self.pass(asked, route, gate, Who::Nobody, None)),
@@ -481,8 +601,8 @@ impl Gates {
         if !asked.navigates() {
             return self.challenge(asked, gate);
         }
-        tracing::debug!(socket = %route.socket.id, "logins are not served by this version");
-        refused(Error::GateUnready)
+        let target = asked.target.path_and_query().map_or("/", |p| p.as_str());
+        Verdict::Answers(self.begin(asked, route, target, false, Moment::now()))
     }
 
     /// 401 with what would help.
@@ -522,7 +642,7 @@ impl Gates {
             _ => "This login is not allowed here.",
         };
         let email = email.filter(|_| denied != Denied::NoEmail);
-        let again = format!("https://{host}{}{OURS}login?switch=1", self.port);
+        let again = self.url(host, &format!("{OURS}login?switch=1"));
         let said = context! { host, email, why, again, id => asked.id.to_str().ok() };
         self.pages.page(StatusCode::FORBIDDEN, "denied.html", said, None)
     }
@@ -530,13 +650,18 @@ impl Gates {
     /// The URL of a request.
     fn here(&self, asked: &Asked<'_>) -> String {
         let target = asked.target.path_and_query().map_or("/", |p| p.as_str());
-        format!("https://{}{}{target}", asked.host, self.port)
+        self.url(asked.host, if target.starts_with('/') { target } else { "/" })
+    }
+
+    /// A URL of a host that visitors reach.
+    fn url(&self, host: &str, path: &str) -> String {
+        format!("https://{host}{}{path}", self.port)
     }
 
     /// A URL of the auth host.
     fn auth_url(&self, path: &str) -> String {
         let host = self.settings.host.as_ref().map_or("", |host| host.as_str());
-        format!("https://{host}{}{path}", self.port)
+        self.url(host, path)
     }
 
     /// Whether a request that runs would be let in again now.
@@ -634,22 +759,28 @@ impl Gates {
 
     /// The audit's line: what was decided, and why. Who it was is told by a digest;
     /// addresses and names only at level debug.
-    fn tell(&self, socket: &SocketId, asked: &Asked<'_>, kind: &'static str, verdict: Result<&str, &'static str>) {
-        let id = asked.id.to_str().unwrap_or_default();
+    fn tell(
+        &self,
+        socket: impl AsRef<str>,
+        asked: &Asked<'_>,
+        kind: &'static str,
+        verdict: Result<&str, &'static str>,
+    ) {
+        let (socket, id) = (socket.as_ref(), asked.id().unwrap_or_default());
         let ip = asked.ip;
         match verdict {
             Ok(who) => {
                 metrics::counter!("adit_gate_decisions_total", "kind" => kind, "decision" => "granted", "why" => "")
                     .increment(1);
-                tracing::info!(target: "adit::audit", %socket, kind, decision = "granted", %ip, id, "gate");
-                tracing::debug!(target: "adit::audit", %socket, kind, who, id, "gate");
+                tracing::info!(target: "adit::audit", socket, kind, decision = "granted", %ip, id, "gate");
+                tracing::debug!(target: "adit::audit", socket, kind, who, id, "gate");
             }
             Err(why) => {
                 metrics::counter!("adit_gate_decisions_total", "kind" => kind, "decision" => "denied", "why" => why)
                     .increment(1);
                 // A flood of the unwelcome must not fill the disk; the count has them all.
                 if self.audit.take((), std::time::Instant::now()).is_ok() {
-                    tracing::info!(target: "adit::audit", %socket, kind, decision = "denied", why, %ip, id, "gate");
+                    tracing::info!(target: "adit::audit", socket, kind, decision = "denied", why, %ip, id, "gate");
                 }
             }
         }

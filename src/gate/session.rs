@@ -11,7 +11,7 @@ use super::identity::Identity;
 use crate::logins::Logins;
 use crate::model::Provider;
 use crate::model::gate::{Asks, Gate, Oidc, PathRule};
-use crate::model::identity::{Email, Moment, ProviderKind, Whose};
+use crate::model::identity::{Email, Moment, PasswordHash, ProviderKind, Whose};
 
 /// A login. The names in the cookie are short, because every request carries it.
 #[derive(Clone, Serialize, Deserialize, PartialEq, Eq)]
@@ -103,10 +103,10 @@ pub(super) fn identity_digest(issuer: &str, kind: &str, subject: &str) -> String
 }
 
 impl Session {
-    /// The session that a login makes.
-    pub(super) fn begin(identity: &Identity, name: String, now: Moment) -> Self {
+    /// The session that a login makes, without the name that it gets last.
+    pub(super) fn begin(identity: &Identity, now: Moment) -> Self {
         Self {
-            name,
+            name: String::new(),
             provider: identity.provider.to_string(),
             issuer: identity.issuer.clone(),
             subject: identity.subject.clone(),
@@ -158,9 +158,14 @@ impl Session {
             return Err(Denied::Provider);
         }
         if provider.kind == ProviderKind::Local {
-            // An account that is gone, disabled or someone else's by now is out.
+            // An account that is gone, disabled or someone else's by now is out, and so is
+            // who logged in by another password.
             let account = logins.account_by_id(&self.subject).filter(|account| !account.disabled);
-            account.filter(|account| Some(account.email.as_str()) == self.email.as_deref()).ok_or(Denied::Revoked)?;
+            let same = |account: &std::sync::Arc<crate::model::Account>| {
+                Some(account.email.as_str()) == self.email.as_deref()
+                    && Some(password_digest(&account.password)) == self.provider_session
+            };
+            account.filter(same).ok_or(Denied::Revoked)?;
         }
         let email: Email = self.email.as_ref().and_then(|email| email.parse().ok()).ok_or(Denied::NoEmail)?;
         let allowed = |allow: &crate::model::gate::EmailRules| {
@@ -199,6 +204,11 @@ pub(super) fn provider_issuer(provider: &Provider) -> Option<&str> {
 
 /// The issuer of accounts of our own.
 pub(super) const LOCAL_ISSUER: &str = "urn:adit:local";
+
+/// What a login by a password is bound to.
+pub(super) fn password_digest(password: &PasswordHash) -> String {
+    identity_digest(LOCAL_ISSUER, "password", password.as_str())
+}
 
 /// How long a cookie of a login is kept: as long as it can pass, and no longer.
 pub(super) fn cookie_seconds(session: &Session, gate: &Gate, now: Moment) -> u64 {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::providers::ProviderSettings;
 use crate::fields::Fields;
 use crate::model::HostName;
 
@@ -33,6 +34,10 @@ pub struct GateSettings {
     /// Logins that one address may begin per minute. 60: an office behind one
     /// address in the morning.
     pub logins_per_address: u32,
+    /// The same at one socket. 600.
+    pub logins_per_socket: u32,
+    /// How login providers are asked.
+    pub providers: ProviderSettings,
     /// Whether a node whose feed has no keyring makes one. True by default; false
     /// where a control plane brings it.
     pub make_keyring: bool,
@@ -51,6 +56,8 @@ impl Default for GateSettings {
             passwords_per_socket: 3,
             passwords_per_address: 20,
             logins_per_address: 60,
+            logins_per_socket: 600,
+            providers: ProviderSettings::default(),
             make_keyring: true,
             pages: None,
         }
@@ -70,6 +77,8 @@ impl GateSettings {
             passwords_per_socket: f.take("passwords_per_socket", d.passwords_per_socket),
             passwords_per_address: f.take("passwords_per_address", d.passwords_per_address),
             logins_per_address: f.take("logins_per_address", d.logins_per_address),
+            logins_per_socket: f.take("logins_per_socket", d.logins_per_socket),
+            providers: ProviderSettings::read(f),
             make_keyring: f.take("make_keyring", d.make_keyring),
             pages: f.optional("pages"),
         };
@@ -81,6 +90,7 @@ impl GateSettings {
             ("passwords_per_socket", read.passwords_per_socket),
             ("passwords_per_address", read.passwords_per_address),
             ("logins_per_address", read.logins_per_address),
+            ("logins_per_socket", read.logins_per_socket),
         ] {
             if rate == 0 {
                 f.mistake(key, "0 would let nobody in".into(), "write 1 or more".into());

@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
     CONNECTION, CONTENT_LENGTH, EXPECT, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
@@ -150,7 +152,7 @@ impl<D: Dial> Http<D> {
         connection: &Arc<Connection>,
         asker: &Asker<'_>,
         mut parts: Parts,
-        upload: Upload,
+        mut upload: Upload,
         record: &mut Record,
         passed: &mut Option<Pass>,
     ) -> Result<Answer, Error> {
@@ -191,10 +193,11 @@ impl<D: Dial> Http<D> {
             upgrade: tunnelled || parts.headers.contains_key(UPGRADE),
             id: asker.id,
         };
-        if self.gates.is_ours(&gate) {
-            return Ok(answer::gate(asker, self.gates.serve(&gate)).into());
-        }
-        let pass = match self.gates.admit(&gate).await {
+        let verdict = match self.gates.is_ours(&gate) {
+            true => self.gates.serve(&gate, &form(&parts.method, &mut upload).await?).await,
+            false => self.gates.admit(&gate).await,
+        };
+        let pass = match verdict {
             Verdict::Passes(pass) => passed.insert(pass),
             Verdict::Answers(reply) => return Ok(answer::gate(asker, reply).into()),
             Verdict::Refuses { error, headers } => {
@@ -502,5 +505,18 @@ fn unanswered(error: &hyper::Error, tally: &Tally) -> Error {
         Some(known) => known,
         None if error.is_parse() => Error::OriginProtocol,
         None => Error::OriginReset,
+    }
+}
+
+/// The whole body of a form for the gate itself.
+async fn form(method: &Method, upload: &mut Upload) -> Result<Bytes, Error> {
+    if *method != Method::POST {
+        return Ok(Bytes::new());
+    }
+    let collected = Limited::new(upload, gate::FORM_MAX).collect();
+    match tokio::time::timeout(gate::FORM_WAIT, collected).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(_)) => Err(Error::BadRequest),
+        Err(_) => Err(Error::Idle),
     }
 }

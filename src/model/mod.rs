@@ -49,6 +49,11 @@ macro_rules! id_type {
                 Ok(Self(text.into()))
             }
         }
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
         impl Borrow<str> for $name {
             fn borrow(&self) -> &str {
                 &self.0
