@@ -211,7 +211,9 @@ mod tests {
         headers.append("x-forwarded-for", HeaderValue::from_static("1"));
         let mut open = headers.clone();
         strip(&mut headers, true);
-        assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-other", "x-forwarded-for"]);
+        let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["x-forwarded-for", "x-other"]);
         // What has no gate keeps what is none of our business.
         strip(&mut open, false);
         assert!(open.contains_key("remote-user") && !open.contains_key("x_adit_jwt"));

@@ -289,16 +289,11 @@ mod tests {
         for good in ["KATE@EXAMPLE.COM", "mu\u{308}ller@example.com", "x@xn--bcher-kva.test", "x@B\u{dc}CHER.test"] {
             assert_eq!(verdict(&gate, &session(Some(good)), 1001), Ok(()), "{good}");
         }
-        for bad in [
-            "\u{212a}ate@example.com",
-            "M\u{dc}LLER@example.com",
-            "kate@ex\u{430}mple.com",
-            "x@bucher.test",
-            "kat\u{435}@example.com",
-        ] {
+        for bad in ["M\u{dc}LLER@example.com", "kate@ex\u{430}mple.com", "x@bucher.test", "kat\u{435}@example.com"] {
             assert_eq!(verdict(&gate, &session(Some(bad)), 1001), Err(Denied::NotAllowed), "{bad}");
         }
         for not_one in [
+            "\u{212a}ate@example.com",
             "kate@example.com@evil.test",
             "\"kate@example.com\"@evil.test",
             "kate@example.com.",

@@ -18,6 +18,11 @@ impl WebSocket {
         Self { io: Box::new(io), mask: false }
     }
 
+    /// The visitor's end of an upgraded connection.
+    pub fn client(io: Io) -> Self {
+        Self { io, mask: true }
+    }
+
     /// Upgrades a visitor's connection.
     pub async fn connect(mut io: Io, host: &str, path: &str) -> Self {
         let key = "dGhlIHNhbXBsZSBub25jZQ==";
