@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::gate_logins::{allowing, node, publish};
+use crate::gate_logins::{allowing, gated, node, publish};
 use crate::harness::*;
 use crate::idp::*;
 
@@ -88,13 +88,33 @@ async fn gate_a_person_logs_in_opens_a_websocket_is_refused_elsewhere_and_logs_o
     assert_eq!(of("text", 1), "You may not visit ops.edge.localhost");
     assert_eq!(of("websocket", 1)["opened"], false);
     assert_eq!(of("text", 2), "Log in to web.edge.localhost");
-    // Cookies blocked, and a provider that is down.
-    let mut op = op;
-    op.down().await;
+    // Cookies that do not come back, a provider that is down, a step that is none.
+    node.put(
+        "providers/gone",
+        json!({"kind": "oidc", "title": "Gone Inc.", "issuer": "http://127.0.0.1:1", "client_id": "adit"}),
+    )
+    .await;
+    let gate = json!({"oidc": {"providers": ["gone", "here"], "allow_emails": ["alice@example.com"]}});
+    gated(&node, "web", gate).await;
     let steps = json!([
-        {"as": "blocked"},
-        {"goto": format!("{WEB}/.adit/finish?h=v1.k.x"), "try": true},
+        {"goto": format!("{WEB}/")},
+        {"click": "a[href*='p=here']"},
+        {"waitFor": "input[name=password]"},
+        {"clearCookies": 0},
+        {"fill": ["input[name=email]", "alice@example.com"]},
+        {"fill": ["input[name=password]", "any"]},
+        {"click": "button"},
+        {"waitForURL": "/.adit/local$"},
+        {"screenshot": picture("cookies")},
+        {"text": "h1"},
+        {"goto": format!("{WEB}/")},
+        {"click": "a[href*='p=gone']"},
+        {"waitForURL": "p=gone$"},
+        {"screenshot": picture("down")},
+        {"text": "h1"},
+        {"goto": format!("{WEB}/.adit/finish?h=none")},
         {"screenshot": picture("again")},
     ]);
-    Chromium::at(&node).run(&steps).await;
+    let results = Chromium::at(&node).run(&steps).await;
+    assert_eq!((&results[9], &results[14]), (&json!("Cookies are blocked"), &json!("Gone Inc. does not answer")));
 }
