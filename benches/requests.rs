@@ -11,6 +11,8 @@
 //! with 16 streams each; `plain` is `h1` without TLS. CPU is utime + stime of the
 //! node's (or the proxy's) processes, not of the SSH client, the origin or the
 //! load, which share the cores: requests per second are no capacity.
+//! `gated` is adit with a login in every request's cookie: read, held against the
+//! rules, and told to the origin; what that adds is printed as the median of rounds.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(missing_docs)]
 
@@ -69,6 +71,8 @@ struct Proxy {
     program: Program,
     https: SocketAddr,
     http: SocketAddr,
+    /// What visitors send along.
+    cookie: Option<String>,
     _more: Vec<Program>,
 }
 
@@ -120,9 +124,10 @@ fn main() {
     std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
 
     let mut proxies = vec![nginx_proxy(dir, origin, &chain, &key)];
-    proxies.push(adit(dir, "adit", Path::new(env!("CARGO_BIN_EXE_adit")), origin, &chain, &key));
+    proxies.push(adit(dir, "adit", Path::new(env!("CARGO_BIN_EXE_adit")), origin, &chain, &key, false));
+    proxies.push(adit(dir, "gated", Path::new(env!("CARGO_BIN_EXE_adit")), origin, &chain, &key, true));
     if let Some(other) = &options.also {
-        proxies.push(adit(dir, "other", other, origin, &chain, &key));
+        proxies.push(adit(dir, "other", other, origin, &chain, &key, false));
     }
     println!(
         "{} requests a round, {} rounds; CPU us per request: least, median (requests/s)",
@@ -131,6 +136,9 @@ fn main() {
     for (workload, args) in
         [("h1", &["--h1", "-c", "32"][..]), ("h2", &["-c", "4", "-m", "16"]), ("plain", &["--h1", "-c", "32"])]
     {
+        // Gates are not passed in the clear.
+        let proxies: Vec<&Proxy> =
+            proxies.iter().filter(|proxy| workload != "plain" || proxy.cookie.is_none()).collect();
         if !options.workloads.is_empty() && !options.workloads.iter().any(|w| w == workload) {
             continue;
         }
@@ -138,7 +146,7 @@ fn main() {
         for round in 0..=options.rounds {
             for turn in 0..proxies.len() {
                 let at = (turn + round) % proxies.len();
-                let figure = load(&proxies[at], workload, args, options.requests);
+                let figure = load(proxies[at], workload, args, options.requests);
                 // The first warms up.
                 if round > 0 {
                     figures[at].push(figure);
@@ -149,6 +157,12 @@ fn main() {
             of.sort_by(f64::total_cmp);
             of[of.len() / 2]
         };
+        if let Some(gated) = proxies.iter().position(|proxy| proxy.cookie.is_some()) {
+            let mut adds: Vec<f64> = figures[gated].iter().zip(&figures[1]).map(|((g, _), (o, _))| g - o).collect();
+            let middle = median(&mut adds);
+            let (least, most) = (adds[0], adds[adds.len() - 1]);
+            println!("{workload:6} the gate adds {middle:.1} us per request ({least:.1} to {most:.1})");
+        }
         for (proxy, figures_of) in proxies.iter().zip(&figures) {
             let mut cpu: Vec<f64> = figures_of.iter().map(|(cpu, _)| *cpu).collect();
             let mut rate: Vec<f64> = figures_of.iter().map(|(_, rate)| *rate).collect();
@@ -165,12 +179,15 @@ fn load(proxy: &Proxy, workload: &str, args: &[&str], requests: usize) -> (f64, 
     let (scheme, addr) = if workload == "plain" { ("http", proxy.http) } else { ("https", proxy.https) };
     let mut command = Command::new("h2load");
     command.args(args).args(["-n", &requests.to_string(), &format!("--connect-to={addr}")]);
+    if let Some(cookie) = &proxy.cookie {
+        command.args(["-H", &format!("cookie: {cookie}")]);
+    }
     command.arg(format!("{scheme}://web.edge.localhost:{}/", addr.port()));
     let before = proxy.program.cpu();
     let done = command.output().expect("h2load");
     let used = proxy.program.cpu() - before;
     let said = String::from_utf8_lossy(&done.stdout).into_owned();
-    assert!(said.contains(&format!("{requests} succeeded, 0 failed")), "{}: {said}", proxy.name);
+    assert!(said.contains(&format!("{requests} 2xx, 0 3xx")), "{}: {said}", proxy.name);
     let rate =
         said.lines().find_map(|line| line.split(", ").nth(1)?.strip_suffix(" req/s")?.parse().ok()).unwrap_or(0.0);
     (used.as_secs_f64() * 1e6 / requests as f64, rate)
@@ -192,10 +209,18 @@ fn nginx_proxy(dir: &Path, origin: SocketAddr, chain: &Path, key: &Path) -> Prox
     for addr in [https, http, origin] {
         eventually("nginx", || TcpStream::connect(addr).is_ok());
     }
-    Proxy { name: "nginx", program, https, http, _more: Vec::new() }
+    Proxy { name: "nginx", program, https, http, cookie: None, _more: Vec::new() }
 }
 
-fn adit(dir: &Path, name: &'static str, binary: &Path, origin: SocketAddr, chain: &Path, key: &Path) -> Proxy {
+fn adit(
+    dir: &Path,
+    name: &'static str,
+    binary: &Path,
+    origin: SocketAddr,
+    chain: &Path,
+    key: &Path,
+    gated: bool,
+) -> Proxy {
     let (https, http, ssh, control) = (free(), free(), free(), free());
     let state = dir.join(name);
     std::fs::create_dir(&state).unwrap();
@@ -204,7 +229,8 @@ fn adit(dir: &Path, name: &'static str, binary: &Path, origin: SocketAddr, chain
          [ingress]\nhttp = [\"{http}\"]\nhttps = [\"{https}\"]\nraw = []\n\
          [tls]\ndefault_certificate = {chain:?}\ndefault_key = {key:?}\n\
          [ssh]\nlisten = [\"{ssh}\"]\nmode = \"open\"\n\
-         [control]\nlisten = [\"{control}\"]\nallow_anonymous_loopback = true\n"
+         [control]\nlisten = [\"{control}\"]\nallow_anonymous_loopback = true\n\
+         [gate]\nhost = \"auth.edge.localhost\"\n"
     );
     std::fs::write(state.join("adit.toml"), settings).unwrap();
     let mut command = Command::new(binary);
@@ -214,6 +240,19 @@ fn adit(dir: &Path, name: &'static str, binary: &Path, origin: SocketAddr, chain
     let user_key = state.join("key");
     let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&user_key).status();
     assert!(made.unwrap().success());
+    if gated {
+        let public = std::fs::read_to_string(user_key.with_extension("pub")).unwrap();
+        let gate = r#"{"oidc": {"providers": ["here"], "allow_emails": ["ann@example.com"]}}"#;
+        for (path, record) in [
+            ("providers/here", r#"{"kind": "local"}"#.to_owned()),
+            ("accounts/ann", r#"{"email": "ann@example.com", "password": "right"}"#.to_owned()),
+            ("sockets/web", format!(r#"{{"type": "http", "hostnames": ["web.edge.localhost"], "gate": {gate}}}"#)),
+            ("tunnels/web", format!(r#"{{"socket": "web", "keys": ["{}"]}}"#, public.trim())),
+        ] {
+            let url = format!("http://{control}/v1/{path}");
+            curl(&["-f", "-X", "PUT", "-H", "content-type: application/json", "-d", &record, &url]);
+        }
+    }
     let mut command = Command::new("ssh");
     command.args(["-N", "-F", "none", "-c", "aes128-gcm@openssh.com", "-R", &format!("web:80:{origin}"), "-p"]);
     command.arg(ssh.port().to_string()).arg("-i").arg(&user_key);
@@ -229,8 +268,33 @@ fn adit(dir: &Path, name: &'static str, binary: &Path, origin: SocketAddr, chain
         let Ok(mut tcp) = TcpStream::connect(http) else { return false };
         let _ = tcp.write_all(b"GET / HTTP/1.1\r\nHost: web.edge.localhost\r\nConnection: close\r\n\r\n");
         let mut answer = String::new();
-        tcp.read_to_string(&mut answer).is_ok() && answer.starts_with("HTTP/1.1 200")
+        tcp.read_to_string(&mut answer).is_ok()
+            && answer.starts_with(if gated { "HTTP/1.1 308" } else { "HTTP/1.1 200" })
     };
     eventually("the tunnel", served);
-    Proxy { name, program, https, http, _more: vec![tunnel] }
+    let cookie = gated.then(|| logged_in(&state, https));
+    Proxy { name, program, https, http, cookie, _more: vec![tunnel] }
+}
+
+fn curl(args: &[&str]) -> String {
+    let done = Command::new("curl").args(["-sS", "-m", "10"]).args(args).output().expect("curl");
+    assert!(done.status.success(), "curl {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8_lossy(&done.stdout).into_owned()
+}
+
+/// Logs in as a browser would, and answers the cookie.
+fn logged_in(dir: &Path, https: SocketAddr) -> String {
+    let (port, jar) = (https.port(), dir.join("jar"));
+    let (jar, to) = (jar.to_str().unwrap(), format!("::{https}"));
+    let all = ["-k", "-L", "--connect-to", &to, "-b", jar, "-c", jar, "-H", "accept: text/html"];
+    let web = format!("https://web.edge.localhost:{port}/");
+    let page = curl(&[&all[..], &[&web]].concat());
+    let token = page.split("name=\"t\" value=\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a form");
+    let (own, form) = (format!("origin: https://auth.edge.localhost:{port}"), format!("t={token}"));
+    let to = format!("https://auth.edge.localhost:{port}/.adit/local");
+    let fields = ["--data-urlencode", form.as_str(), "-d", "email=ann@example.com", "-d", "password=right"];
+    curl(&[&all[..], &["-H", &own], &fields[..], &[&to]].concat());
+    let kept = std::fs::read_to_string(jar).unwrap();
+    let line = kept.lines().find(|line| line.contains("__Host-adit_s\t")).unwrap_or_else(|| panic!("no login: {kept}"));
+    format!("__Host-adit_s={}", line.rsplit('\t').next().unwrap())
 }
