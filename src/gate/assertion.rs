@@ -3,6 +3,7 @@
 //! sent that could pass for it goes first.
 
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 
 use dashmap::DashMap;
 use data_encoding::BASE64URL_NOPAD;
@@ -11,7 +12,8 @@ use serde_json::json;
 
 use super::who::Who;
 use crate::logins::seal::Seals;
-use crate::model::identity::Moment;
+use crate::model::KeyId;
+use crate::model::identity::{Email, Moment};
 
 const USER: HeaderName = HeaderName::from_static("x-adit-user");
 const KIND: HeaderName = HeaderName::from_static("x-adit-user-kind");
@@ -63,6 +65,9 @@ pub fn strip(headers: &mut HeaderMap, gated: bool) {
     }
 }
 
+/// What one visitor's requests tell one origin.
+type Told = Arc<[(HeaderName, HeaderValue)]>;
+
 /// Signs, and keeps what was signed for a minute.
 #[derive(Debug, Default)]
 pub(super) struct Assertions {
@@ -76,8 +81,8 @@ struct Kept {
     name: String,
     host: String,
     at: Moment,
-    kid: String,
-    token: HeaderValue,
+    kid: Option<KeyId>,
+    told: Told,
 }
 
 impl Assertions {
@@ -91,79 +96,85 @@ impl Assertions {
         seals: Option<&Seals>,
         now: Moment,
     ) {
-        let mut set = |name: HeaderName, value: &str| {
-            // Only what is the same to everybody: an address beyond ASCII is in the token.
-            if value.bytes().all(|b| b.is_ascii_graphic() || b == b' ')
-                && let Ok(value) = HeaderValue::from_str(value)
-            {
-                headers.insert(name, value);
-            }
-        };
-        let kind = who.kind();
-        match who {
-            Who::Nobody => return,
-            Who::User { name, .. } | Who::Token { name, .. } => set(USER, name),
-            Who::Session(session) => {
-                if let Some(email) = &session.email {
-                    set(USER, email);
-                    set(EMAIL, email);
-                }
-                set(SUBJECT, &session.subject);
-                set(PROVIDER, &session.provider);
-            }
+        if matches!(who, Who::Nobody) {
+            return;
         }
-        set(KIND, kind);
-        if let Some(token) = seals.and_then(|seals| self.token(who, host, issuer, seals, now)) {
-            headers.insert(JWT, token);
+        for (name, value) in self.told(who, host, issuer, seals, now).iter() {
+            headers.insert(name.clone(), value.clone());
         }
     }
 
-    fn token(&self, who: &Who, host: &str, issuer: &str, seals: &Seals, now: Moment) -> Option<HeaderValue> {
-        let (kind, name, kid) = (who.kind(), who.name(), seals.signing_kid(now)?);
+    fn told(&self, who: &Who, host: &str, issuer: &str, seals: Option<&Seals>, now: Moment) -> Told {
+        let (kind, name, kid) = (who.kind(), who.name(), seals.and_then(|seals| seals.signing_kid(now)));
         let at = self.hasher.hash_one((kind, name, host));
         if let Some(kept) = self.kept.get(&at)
-            && (kept.kind, kept.name.as_str(), kept.host.as_str(), kept.kid.as_str())
-                == (kind, name, host, kid.as_str())
+            && (kept.kind, kept.name.as_str(), kept.host.as_str(), kept.kid.as_ref()) == (kind, name, host, kid)
             && now.0 < kept.at.0 + REUSE
             && now >= kept.at
         {
-            return Some(kept.token.clone());
+            return Arc::clone(&kept.told);
         }
-        let mut claims = json!({
-            "iss": issuer,
-            "aud": host,
-            "kind": kind,
-            "iat": now.0,
-            "nbf": now.0.saturating_sub(LIFE / 5),
-            "exp": now.0 + LIFE,
-        });
-        let fields = claims.as_object_mut()?;
-        match who {
-            Who::Session(session) => {
-                fields.insert("sub".into(), session.subject.as_str().into());
-                fields.insert("idp".into(), session.provider.as_str().into());
-                fields.insert("idp_iss".into(), session.issuer.as_str().into());
-                fields.insert("sid".into(), session.name.as_str().into());
-                fields.insert("email".into(), session.email.as_deref().into());
-                fields.insert("auth_time".into(), session.auth_time.into());
-            }
-            Who::User { .. } | Who::Token { .. } | Who::Nobody => {
-                fields.insert("sub".into(), name.into());
-            }
-        }
-        let (message, signature) = seals.sign(now, |kid| {
-            let head = json!({ "alg": "EdDSA", "typ": "JWT", "kid": kid.as_str() }).to_string();
-            let part = |text: &str| BASE64URL_NOPAD.encode(text.as_bytes());
-            format!("{}.{}", part(&head), part(&claims.to_string()))
-        })?;
-        let token = HeaderValue::from_str(&format!("{message}.{}", BASE64URL_NOPAD.encode(&signature))).ok()?;
+        let token = seals.and_then(|seals| token(who, host, issuer, seals, now));
+        let told: Told = fields(who).into_iter().chain(token.map(|token| (JWT, token))).collect();
         if self.kept.len() >= KEPT_MAX {
             self.kept.clear();
         }
-        let (name, host, kid) = (name.to_owned(), host.to_owned(), kid.to_string());
-        self.kept.insert(at, Kept { kind, name, host, at: now, kid, token: token.clone() });
-        Some(token)
+        let (name, host, kid) = (name.to_owned(), host.to_owned(), kid.cloned());
+        self.kept.insert(at, Kept { kind, name, host, at: now, kid, told: Arc::clone(&told) });
+        told
     }
+}
+
+fn fields(who: &Who) -> Vec<(HeaderName, HeaderValue)> {
+    let mut said = vec![(KIND, who.kind())];
+    match who {
+        Who::Nobody => {}
+        Who::User { name, .. } | Who::Token { name, .. } => said.push((USER, name)),
+        Who::Session(session) => {
+            if let Some(email) = &session.email {
+                said.extend([(USER, email.as_str()), (EMAIL, email.as_str())]);
+            }
+            said.extend([(SUBJECT, session.subject.as_str()), (PROVIDER, session.provider.as_str())]);
+        }
+    }
+    // Only what is the same to everybody: an address beyond ASCII is in the token.
+    let plain = |value: &&str| value.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
+    said.into_iter()
+        .filter(|(_, value)| plain(value))
+        .filter_map(|(name, value)| Some((name, HeaderValue::from_str(value).ok()?)))
+        .collect()
+}
+
+fn token(who: &Who, host: &str, issuer: &str, seals: &Seals, now: Moment) -> Option<HeaderValue> {
+    let mut claims = json!({
+        "iss": issuer,
+        "aud": host,
+        "kind": who.kind(),
+        "iat": now.0,
+        "nbf": now.0.saturating_sub(LIFE / 5),
+        "exp": now.0 + LIFE,
+    });
+    let fields = claims.as_object_mut()?;
+    match who {
+        Who::Session(session) => {
+            fields.insert("sub".into(), session.subject.as_str().into());
+            fields.insert("idp".into(), session.provider.as_str().into());
+            fields.insert("idp_iss".into(), session.issuer.as_str().into());
+            fields.insert("sid".into(), session.name.as_str().into());
+            fields.insert("email".into(), session.email.as_ref().map(Email::as_str).into());
+            fields.insert("auth_time".into(), session.auth_time.into());
+        }
+        Who::User { name, .. } | Who::Token { name, .. } => {
+            fields.insert("sub".into(), name.as_str().into());
+        }
+        Who::Nobody => {}
+    }
+    let (message, signature) = seals.sign(now, |kid| {
+        let head = json!({ "alg": "EdDSA", "typ": "JWT", "kid": kid.as_str() }).to_string();
+        let part = |text: &str| BASE64URL_NOPAD.encode(text.as_bytes());
+        format!("{}.{}", part(&head), part(&claims.to_string()))
+    })?;
+    HeaderValue::from_str(&format!("{message}.{}", BASE64URL_NOPAD.encode(&signature))).ok()
 }
 
 /// The keys that origins check tokens by (RFC 7517, RFC 8037), the next one among

@@ -2,10 +2,13 @@
 //! and cut where they no longer pass.
 
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 
 use dashmap::DashMap;
+use futures_util::task::AtomicWaker;
+use hyper::Uri;
 use tokio_util::sync::CancellationToken;
 
 use super::who::Who;
@@ -17,14 +20,31 @@ pub(super) struct Entry {
     /// The socket.
     pub(super) socket: SocketId,
     /// The host that it asked for.
-    pub(super) host: String,
-    /// The path.
-    pub(super) path: String,
+    pub(super) host: Box<str>,
+    /// Its target.
+    pub(super) target: Uri,
     /// From where.
     pub(super) ip: IpAddr,
     /// By what.
     pub(super) who: Who,
-    cut: CancellationToken,
+    is_cut: AtomicBool,
+    waker: AtomicWaker,
+    /// Made for those that wait at several places.
+    token: OnceLock<CancellationToken>,
+}
+
+impl Entry {
+    fn cut(&self) {
+        self.is_cut.store(true, Ordering::SeqCst);
+        self.waker.wake();
+        if let Some(token) = self.token.get() {
+            token.cancel();
+        }
+    }
+
+    fn is_cut(&self) -> bool {
+        self.is_cut.load(Ordering::SeqCst)
+    }
 }
 
 /// All that run.
@@ -44,9 +64,17 @@ pub struct Held {
 
 impl Live {
     /// One more.
-    pub(super) fn hold(self: &Arc<Self>, socket: SocketId, host: &str, path: &str, ip: IpAddr, who: Who) -> Held {
-        let (host, path) = (host.to_owned(), path.to_owned());
-        let entry = Arc::new(Entry { socket, host, path, ip, who, cut: CancellationToken::new() });
+    pub(super) fn hold(self: &Arc<Self>, socket: SocketId, host: &str, target: &Uri, ip: IpAddr, who: Who) -> Held {
+        let entry = Arc::new(Entry {
+            socket,
+            host: host.into(),
+            target: target.clone(),
+            ip,
+            who,
+            is_cut: AtomicBool::new(false),
+            waker: AtomicWaker::new(),
+            token: OnceLock::new(),
+        });
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.entries.insert(id, Arc::clone(&entry));
         Held { id, entry, live: Arc::clone(self) }
@@ -58,8 +86,8 @@ impl Live {
         let all: Vec<Arc<Entry>> = self.entries.iter().map(|entry| Arc::clone(&entry)).collect();
         let mut cut = 0;
         for entry in all {
-            if !entry.cut.is_cancelled() && !passes(&entry) {
-                entry.cut.cancel();
+            if !entry.is_cut() && !passes(&entry) {
+                entry.cut();
                 cut += 1;
             }
         }
@@ -73,9 +101,24 @@ impl Live {
 }
 
 impl Held {
-    /// Is cancelled when it no longer passes.
+    /// Ready once it no longer passes. One task at a time waits by this.
+    pub fn poll_cut(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.entry.is_cut() {
+            self.entry.waker.register(cx.waker());
+            if !self.entry.is_cut() {
+                return Poll::Pending;
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Is cancelled when it no longer passes: for those who wait at several places.
     pub fn cut(&self) -> &CancellationToken {
-        &self.entry.cut
+        let token = self.entry.token.get_or_init(CancellationToken::new);
+        if self.entry.is_cut() {
+            token.cancel();
+        }
+        token
     }
 }
 

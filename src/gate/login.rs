@@ -200,7 +200,7 @@ impl Gates {
         let n = self.made(asked, random())?;
         let (x, hn) = (now.0 + LOGIN_LIFE, hash(&n));
         let cookies = self.login_cookie(asked, &start.f, &Login { v: String::new(), n, h: String::new(), x }, now)?;
-        let (host, email, back) = (start.h.clone(), who.email.clone(), self.origin_of(&start));
+        let (host, email, back) = (start.h.clone(), who.email.as_ref().map(Email::to_string), self.origin_of(&start));
         let form = Form { start, p: provider.id.to_string(), hn, who: Some(who), x };
         let token = self.sealed(asked, self.auth_place(), &form, now)?;
         let again = self.url(&host, &format!("{OURS}login?switch=1"));
@@ -339,7 +339,7 @@ impl Gates {
         let done = cookies::clear(&name);
         if let Err(denied) = to.oidc().map_or(Ok(()), |oidc| session.passes(oidc, &[], &self.logins, now)) {
             self.tell(socket, asked, "login", Err(denied.label()));
-            return Ok(self.denied_page(asked, asked.host, session.email.as_deref(), denied).setting(done));
+            return Ok(self.denied_page(asked, asked.host, session.email.as_ref(), denied).setting(done));
         }
         let Some(cookie) = self.seal_session(asked.host, socket, &session, &to.gate, now) else {
             return Err(self.unready(asked));
@@ -398,7 +398,7 @@ impl Gates {
     ) -> Option<Reply> {
         let denied = who.passes(to.oidc()?, &[], &self.logins, now).err()?;
         self.tell(&start.s, asked, "login", Err(denied.label()));
-        Some(self.denied_page(asked, &start.h, who.email.as_deref(), denied))
+        Some(self.denied_page(asked, &start.h, who.email.as_ref(), denied))
     }
 
     /// A form of ours, as it comes back from the browser that it was shown to.
@@ -601,16 +601,17 @@ impl Gates {
 fn session_of(provider: &Provider, account: &Account, now: Moment) -> Session {
     Session {
         name: String::new(),
-        provider: provider.id.to_string(),
+        provider: provider.id.clone(),
         issuer: LOCAL_ISSUER.to_owned(),
         subject: account.id.to_string(),
-        email: Some(account.email.to_string()),
+        email: Some(account.email.clone()),
         domain_vouched: true,
         // Another password, and this login is out.
-        provider_session: Some(session::password_digest(&account.password)),
+        provider_session: Some(account.password.digest().to_owned()),
         issued: now.0,
         auth_time: Some(now.0),
         seen: now.0,
+        named: Default::default(),
     }
 }
 

@@ -13,7 +13,7 @@ use super::session::{Session, identity_digest};
 use super::steps::{Broken, LOGIN_LIFE, Logout};
 use super::{Asked, Gates, OURS, cookies};
 use crate::feed::records::{Condition, RecordError};
-use crate::model::identity::{Moment, Whose};
+use crate::model::identity::{Email, Moment, Whose};
 use crate::model::{Provider, Revocation};
 
 /// No login lasts longer.
@@ -27,7 +27,7 @@ impl Gates {
     pub(super) fn ask_to_log_out(&self, asked: &Asked<'_>, to: &Destination, now: Moment) -> Reply {
         match self.session(asked, &to.route.socket.id, now) {
             Some(session) => {
-                let said = context! { host => asked.host, email => &session.email, id => asked.id() };
+                let said = context! { host => asked.host, email => session.email.as_ref().map(Email::as_str), id => asked.id() };
                 self.pages.page(StatusCode::OK, "logout.html", said, None)
             }
             None => self.out(asked),
@@ -146,9 +146,9 @@ impl Gates {
             (Some(session), Some(oidc)) => Reply::json(
                 StatusCode::OK,
                 &serde_json::json!({
-                    "email": session.email,
+                    "email": session.email.as_ref().map(Email::as_str),
                     "sub": session.subject,
-                    "idp": session.provider,
+                    "idp": session.provider.as_str(),
                     "issued": session.issued,
                     "expires": session.issued + oidc.absolute.as_secs(),
                 }),
@@ -158,7 +158,7 @@ impl Gates {
     }
 
     fn provider_of(&self, session: &Session) -> Option<std::sync::Arc<Provider>> {
-        session.provider.parse().ok().and_then(|id| self.logins.provider(&id))
+        self.logins.provider(&session.provider)
     }
 
     /// Revokes what was issued until now, on all nodes.

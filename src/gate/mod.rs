@@ -10,6 +10,7 @@ pub mod identity;
 mod live;
 mod login;
 mod logout;
+mod opened;
 mod pages;
 mod passwords;
 mod paths;
@@ -43,6 +44,7 @@ pub use self::who::Who;
 use self::assertion::Assertions;
 use self::live::{Entry, Live};
 use self::login::{Destination, Stepped};
+use self::opened::Opened;
 use self::pages::Pages;
 use self::passwords::{Checked, Passwords};
 use self::paths::Found;
@@ -56,7 +58,7 @@ use crate::limits::Rates;
 use crate::logins::Logins;
 use crate::logins::seal::{Place, Purpose};
 use crate::model::gate::{Asks, Gate, PathRule};
-use crate::model::identity::{Moment, SealingKey};
+use crate::model::identity::{Email, Moment, SealingKey};
 use crate::model::{Keyring, KeyringId, ProviderId, SocketId};
 use crate::routes::{Route, Routes};
 
@@ -234,6 +236,7 @@ pub struct Gates {
     pages: Pages,
     passwords: Passwords,
     assertions: Assertions,
+    opened: Opened,
     providers: Providers,
     live: Arc<Live>,
     /// What was used, and may be once.
@@ -246,6 +249,8 @@ pub struct Gates {
     audit: Rates<()>,
     /// The port that URLs name, "" where it is the usual one.
     port: String,
+    /// The URL of the auth host: whom origins know the tokens by.
+    issuer: String,
 }
 
 /// What the gate is made of.
@@ -269,10 +274,14 @@ impl Gates {
     /// Templates that cannot be used.
     pub fn new(settings: GateSettings, parts: Parts) -> Result<Arc<Self>, String> {
         let (address, socket) = (f64::from(settings.logins_per_address), f64::from(settings.logins_per_socket));
+        let port = if parts.public_https_port == 443 { String::new() } else { format!(":{}", parts.public_https_port) };
+        let host = settings.host.as_ref().map_or("", |host| host.as_str());
+        let issuer = format!("https://{host}{port}");
         Ok(Arc::new(Self {
             pages: Pages::read(settings.pages.as_deref())?,
             passwords: Passwords::new(&settings, parts.exempt_loopback)?,
             assertions: Assertions::default(),
+            opened: Opened::default(),
             providers: Providers::new(settings.providers.clone())?,
             live: Arc::default(),
             seen: Seen::default(),
@@ -281,7 +290,8 @@ impl Gates {
             logged_out_by: Rates::new(LOGOUTS, LOGOUTS * 10.0),
             exempt_loopback: parts.exempt_loopback,
             audit: Rates::new(AUDIT_LINES, AUDIT_LINES * 10.0),
-            port: if parts.public_https_port == 443 { String::new() } else { format!(":{}", parts.public_https_port) },
+            port,
+            issuer,
             logins: parts.logins,
             routes: parts.routes,
             records: parts.records,
@@ -398,7 +408,7 @@ impl Gates {
             return refused(Error::Forbidden);
         }
         if !gate.asks_identity() {
-            let held = self.live.hold(socket.clone(), asked.host, asked.target.path(), asked.ip, Who::Nobody);
+            let held = self.live.hold(socket.clone(), asked.host, asked.target, asked.ip, Who::Nobody);
             return Verdict::Passes(Pass { held: Some(held), ..Pass::open() });
         }
         if !asked.secure {
@@ -549,7 +559,7 @@ impl Gates {
     }
 
     fn pass(&self, asked: &Asked<'_>, route: &Arc<Route>, gate: &Gate, who: Who, reseal: Option<HeaderValue>) -> Pass {
-        let held = self.live.hold(route.socket.id.clone(), asked.host, asked.target.path(), asked.ip, who.clone());
+        let held = self.live.hold(route.socket.id.clone(), asked.host, asked.target, asked.ip, who.clone());
         Pass { who, held: Some(held), reseal, own_authorization: false, asks_identity: gate.asks_identity() }
     }
 
@@ -564,7 +574,7 @@ impl Gates {
             headers.remove(AUTHORIZATION);
         }
         let seals = self.logins.seals();
-        self.assertions.tell(headers, &pass.who, host, &self.auth_url(""), seals.as_deref(), Moment::now());
+        self.assertions.tell(headers, &pass.who, host, &self.issuer, seals.as_deref(), Moment::now());
     }
 
     /// The login that a request carries, if one of its cookies is one.
@@ -573,8 +583,7 @@ impl Gates {
         let place = Place { host: asked.host, socket: socket.as_str() };
         // A sibling's cookie may stand before ours: the first that opens counts.
         cookies::values(asked.headers, cookies::SESSION).take(8).find_map(|sealed| {
-            let opened = seals.open(Purpose::Session, place, sealed, now).ok()?;
-            serde_json::from_slice(&opened).ok().map(Arc::new)
+            self.opened.session(&seals, place, sealed, now)
         })
     }
 
@@ -633,15 +642,15 @@ impl Gates {
         if !asked.navigates() && !asked.is_framed() {
             return refused(Error::Forbidden);
         }
-        Verdict::Answers(self.denied_page(asked, asked.host, session.email.as_deref(), denied))
+        Verdict::Answers(self.denied_page(asked, asked.host, session.email.as_ref(), denied))
     }
 
-    fn denied_page(&self, asked: &Asked<'_>, host: &str, email: Option<&str>, denied: Denied) -> Reply {
+    fn denied_page(&self, asked: &Asked<'_>, host: &str, email: Option<&Email>, denied: Denied) -> Reply {
         let why = match denied {
             Denied::NoEmail => "Your login does not vouch for an e-mail address of yours.",
             _ => "This login is not allowed here.",
         };
-        let email = email.filter(|_| denied != Denied::NoEmail);
+        let email = email.filter(|_| denied != Denied::NoEmail).map(Email::as_str);
         let again = self.url(host, &format!("{OURS}login?switch=1"));
         let said = context! { host, email, why, again, id => asked.id.to_str().ok() };
         self.pages.page(StatusCode::FORBIDDEN, "denied.html", said, None)
@@ -660,8 +669,7 @@ impl Gates {
 
     /// A URL of the auth host.
     fn auth_url(&self, path: &str) -> String {
-        let host = self.settings.host.as_ref().map_or("", |host| host.as_str());
-        self.url(host, path)
+        format!("{}{path}", self.issuer)
     }
 
     /// Whether a request that runs would be let in again now.
@@ -676,7 +684,7 @@ impl Gates {
         if !gate.asks_identity() {
             return true;
         }
-        let rules = match paths::find(&gate.rules, &entry.path) {
+        let rules = match paths::find(&gate.rules, entry.target.path()) {
             Found::Public => return true,
             Found::Stricter(rules) => rules,
         };

@@ -2,6 +2,7 @@
 //! argument. The cookie proves who somebody is; whether they may come is asked of
 //! the rules at every request.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use aws_lc_rs::digest;
@@ -9,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
 use crate::logins::Logins;
-use crate::model::Provider;
 use crate::model::gate::{Asks, Gate, Oidc, PathRule};
-use crate::model::identity::{Email, Moment, PasswordHash, ProviderKind, Whose};
+use crate::model::identity::{Email, Moment, ProviderKind, Whose};
+use crate::model::{Provider, ProviderId};
 
 /// A login. The names in the cookie are short, because every request carries it.
 #[derive(Clone, Serialize, Deserialize, PartialEq, Eq)]
@@ -20,8 +21,8 @@ pub struct Session {
     #[serde(rename = "n")]
     pub(super) name: String,
     /// The provider's record.
-    #[serde(rename = "p")]
-    pub(super) provider: String,
+    #[serde(rename = "p", with = "text")]
+    pub(super) provider: ProviderId,
     /// The issuer.
     #[serde(rename = "i")]
     pub(super) issuer: String,
@@ -29,12 +30,12 @@ pub struct Session {
     #[serde(rename = "s")]
     pub(super) subject: String,
     /// The address, in its one form.
-    #[serde(rename = "e", skip_serializing_if = "Option::is_none", default)]
-    pub(super) email: Option<String>,
+    #[serde(rename = "e", skip_serializing_if = "Option::is_none", default, with = "text::option")]
+    pub(super) email: Option<Email>,
     /// Whether domain rules may go by it.
     #[serde(rename = "d", default)]
     pub(super) domain_vouched: bool,
-    /// The provider's own session, hashed.
+    /// The provider's own session, hashed; of an account, what its password was.
     #[serde(rename = "q", skip_serializing_if = "Option::is_none", default)]
     pub(super) provider_session: Option<String>,
     /// When they logged in here.
@@ -46,6 +47,42 @@ pub struct Session {
     /// When this was last sealed.
     #[serde(rename = "l")]
     pub(super) seen: u64,
+    /// What a revocation may name it by; made when first asked for.
+    #[serde(skip)]
+    pub(super) named: OnceLock<Vec<Whose>>,
+}
+
+/// Fields that are text in the cookie.
+mod text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &impl Display, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, T: FromStr, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+        String::deserialize(from)?.parse().map_err(|_| D::Error::custom("cannot be read"))
+    }
+
+    /// The same where there may be none.
+    pub(super) mod option {
+        use super::*;
+
+        pub(in super::super) fn serialize<S: Serializer>(value: &Option<impl Display>, to: S) -> Result<S::Ok, S::Error> {
+            match value {
+                Some(value) => to.collect_str(value),
+                None => to.serialize_none(),
+            }
+        }
+
+        pub(in super::super) fn deserialize<'de, T: FromStr, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
+            super::deserialize(from).map(Some)
+        }
+    }
 }
 
 /// Logs are no place for addresses and subjects.
@@ -107,10 +144,10 @@ impl Session {
     pub(super) fn begin(identity: &Identity, now: Moment) -> Self {
         Self {
             name: String::new(),
-            provider: identity.provider.to_string(),
+            provider: identity.provider.clone(),
             issuer: identity.issuer.clone(),
             subject: identity.subject.clone(),
-            email: identity.email.as_ref().map(Email::to_string),
+            email: identity.email.clone(),
             domain_vouched: identity.domain_vouched,
             provider_session: identity
                 .provider_session
@@ -119,6 +156,7 @@ impl Session {
             issued: now.0,
             auth_time: identity.auth_time,
             seen: now.0,
+            named: OnceLock::new(),
         }
     }
 
@@ -131,10 +169,13 @@ impl Session {
         if !logins.any_revoked() {
             return false;
         }
-        let mut whose = vec![Whose::Session(self.name.clone()), Whose::Identity(self.whose())];
-        whose.extend(self.provider_session.clone().map(Whose::Identity));
-        whose.extend(self.email.as_ref().and_then(|email| email.parse().ok()).map(Whose::Email));
-        logins.is_revoked(&whose, Moment(self.issued))
+        let whose = self.named.get_or_init(|| {
+            let mut whose = vec![Whose::Session(self.name.clone()), Whose::Identity(self.whose())];
+            whose.extend(self.provider_session.clone().map(Whose::Identity));
+            whose.extend(self.email.clone().map(Whose::Email));
+            whose
+        });
+        logins.is_revoked(whose, Moment(self.issued))
     }
 
     /// Whether it passes, at a path that asks for `rules` beside the gate's own.
@@ -150,10 +191,10 @@ impl Session {
         if oidc.issued_after.is_some_and(|after| self.issued < after.0) || self.is_revoked(logins) {
             return Err(Denied::Revoked);
         }
-        if !oidc.providers.iter().any(|id| id.as_str() == self.provider) {
+        if !oidc.providers.contains(&self.provider) {
             return Err(Denied::Provider);
         }
-        let provider = self.provider.parse().ok().and_then(|id| logins.provider(&id)).ok_or(Denied::Provider)?;
+        let provider = logins.provider(&self.provider).ok_or(Denied::Provider)?;
         if provider_issuer(&provider).is_some_and(|issuer| issuer != self.issuer) {
             return Err(Denied::Provider);
         }
@@ -162,14 +203,14 @@ impl Session {
             // who logged in by another password.
             let account = logins.account_by_id(&self.subject).filter(|account| !account.disabled);
             let same = |account: &std::sync::Arc<crate::model::Account>| {
-                Some(account.email.as_str()) == self.email.as_deref()
-                    && Some(password_digest(&account.password)) == self.provider_session
+                Some(&account.email) == self.email.as_ref()
+                    && Some(account.password.digest()) == self.provider_session.as_deref()
             };
             account.filter(same).ok_or(Denied::Revoked)?;
         }
-        let email: Email = self.email.as_ref().and_then(|email| email.parse().ok()).ok_or(Denied::NoEmail)?;
+        let email = self.email.as_ref().ok_or(Denied::NoEmail)?;
         let allowed = |allow: &crate::model::gate::EmailRules| {
-            allow.names(&email) || (self.domain_vouched && allow.has_domain_of(&email))
+            allow.names(email) || (self.domain_vouched && allow.has_domain_of(email))
         };
         if !allowed(&oidc.allow) {
             return Err(Denied::NotAllowed);
@@ -177,7 +218,7 @@ impl Session {
         let by_rule = |rule: &&&PathRule| match &rule.asks {
             Asks::Nothing => true,
             Asks::OneOf { allow, providers, .. } => {
-                let here = providers.is_empty() || providers.iter().any(|id| id.as_str() == self.provider);
+                let here = providers.is_empty() || providers.contains(&self.provider);
                 here && if allow.is_empty() { !providers.is_empty() } else { allowed(allow) }
             }
         };
@@ -204,11 +245,6 @@ pub(super) fn provider_issuer(provider: &Provider) -> Option<&str> {
 
 /// The issuer of accounts of our own.
 pub(super) const LOCAL_ISSUER: &str = "urn:adit:local";
-
-/// What a login by a password is bound to.
-pub(super) fn password_digest(password: &PasswordHash) -> String {
-    identity_digest(LOCAL_ISSUER, "password", password.as_str())
-}
 
 /// How long a cookie of a login is kept: as long as it can pass, and no longer.
 pub(super) fn cookie_seconds(session: &Session, gate: &Gate, now: Moment) -> u64 {
@@ -242,15 +278,16 @@ mod tests {
     fn session(email: Option<&str>) -> Session {
         Session {
             name: "s".into(),
-            provider: "corp".into(),
+            provider: "corp".parse().unwrap(),
             issuer: "https://id.test".into(),
             subject: "1".into(),
-            email: email.map(|e| e.parse::<Email>().unwrap().to_string()),
+            email: email.map(|e| e.parse().unwrap()),
             domain_vouched: true,
             provider_session: None,
             issued: 1000,
             auth_time: None,
             seen: 1000,
+            named: OnceLock::new(),
         }
     }
 
@@ -276,7 +313,7 @@ mod tests {
         assert_eq!(verdict(&gate, &session(None), 1001), Err(Denied::NoEmail));
         let unvouched = Session { domain_vouched: false, ..session(Some("bob@corp.test")) };
         assert_eq!(verdict(&gate, &unvouched, 1001), Err(Denied::NotAllowed));
-        let elsewhere = Session { provider: "other".into(), ..ann.clone() };
+        let elsewhere = Session { provider: "other".parse().unwrap(), ..ann.clone() };
         assert_eq!(verdict(&gate, &elsewhere, 1001), Err(Denied::Provider));
         let moved = Session { issuer: "https://old.test".into(), ..ann };
         assert_eq!(verdict(&gate, &moved, 1001), Err(Denied::Provider));

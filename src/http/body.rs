@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::CancellationToken;
 
 use super::answer;
 use super::origins::Origin;
@@ -161,7 +161,7 @@ pub(super) struct Body {
     grpc: bool,
     /// What breaks it off once its visitor no longer passes the gate. The permit
     /// outlives the future that waits for it.
-    held: Option<(Pin<Box<WaitForCancellationFutureOwned>>, Held)>,
+    held: Option<Held>,
 }
 
 enum Source {
@@ -216,7 +216,7 @@ impl Body {
 
     /// Breaks off once its visitor no longer passes the gate.
     pub(super) fn held(mut self, held: Held) -> Self {
-        self.held = Some((Box::pin(held.cut().clone().cancelled_owned()), held));
+        self.held = Some(held);
         self
     }
 
@@ -269,7 +269,7 @@ impl HttpBody for Body {
     type Error = Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let closed = self.held.as_mut().is_some_and(|(cut, _)| cut.as_mut().poll(cx).is_ready());
+        let closed = self.held.as_ref().is_some_and(|held| held.poll_cut(cx).is_ready());
         if closed && !self.is_end_stream() {
             let error = self.break_off(Error::GateClosed);
             return Poll::Ready(Some(self.broken(error)));

@@ -2,6 +2,7 @@
 //! the origin's answer. Every outcome is an answer; the account of the request
 //! travels in its body.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -251,7 +252,7 @@ impl<D: Dial> Http<D> {
             Some(held) => tokio::select! {
                 biased;
                 forwarded = forwarded => forwarded,
-                () = held.cut().cancelled() => Err(Error::GateClosed),
+                () = poll_fn(|cx| held.poll_cut(cx)) => Err(Error::GateClosed),
             },
         }
     }

@@ -78,6 +78,8 @@ impl Framing {
         while let Some((byte, after)) = rest.split_first() {
             // Bodies are skipped, not read.
             let skipped = match &mut self.at {
+                // Of most values nothing counts but that they end.
+                At::Value if self.head.field == Field::Other && !self.cr => printable(rest),
                 At::Length(left) | At::Chunk(left) => {
                     let n = usize::try_from(*left).map_or(rest.len(), |left| left.min(rest.len()));
                     *left -= n as u64;
@@ -252,6 +254,17 @@ impl Head {
 /// never passed on, and some clients ask for it in each request.
 pub fn may_switch(upgrade: &[u8]) -> bool {
     !upgrade.trim_ascii().eq_ignore_ascii_case(b"h2c")
+}
+
+/// How many bytes come before the first one that is not plain text. By blocks, which
+/// the compiler makes vectors of: cookies are most of what visitors send.
+fn printable(bytes: &[u8]) -> usize {
+    const BLOCK: usize = 16;
+    let odd = |byte: &u8| *byte < b' ' || *byte == 0x7f;
+    let blocks = bytes.chunks_exact(BLOCK).take_while(|block| !block.iter().fold(false, |any, byte| any | odd(byte)));
+    let whole = blocks.count() * BLOCK;
+    let rest = bytes.get(whole..).unwrap_or_default();
+    whole + rest.iter().position(odd).unwrap_or(rest.len())
 }
 
 /// RFC 9110 §5.6.2 `tchar`.

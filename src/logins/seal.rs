@@ -160,18 +160,29 @@ impl Seals {
     /// # Errors
     /// It is not one of ours, for this.
     pub fn open(&self, purpose: Purpose, place: Place<'_>, sealed: &str, now: Moment) -> Result<Vec<u8>, Closed> {
-        let rest = sealed.strip_prefix("v1.").filter(|_| sealed.len() <= SEALED_MAX).ok_or(Closed::Bad)?;
-        let (kid, text) = rest.split_once('.').ok_or(Closed::Bad)?;
-        let key = self.0.iter().find(|key| key.kid.as_str() == kid).ok_or(Closed::UnknownKey)?;
-        if key.open_until.is_some_and(|until| now >= until) {
-            return Err(Closed::UnknownKey);
-        }
+        let (key, text) = self.key_of(sealed, now)?;
         let mut bytes = BASE64URL_NOPAD.decode(text.as_bytes()).map_err(|_| Closed::Bad)?;
         let (nonce, body) = bytes.split_at_mut_checked(NONCE_LEN).ok_or(Closed::Bad)?;
         let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| Closed::Bad)?;
         let opened = key.of(purpose).ok_or(Closed::Bad)?.open_in_place(nonce, Aad::from(aad(place)), body);
         let len = opened.map_err(|_| Closed::Bad)?.len();
         Ok(bytes.get(NONCE_LEN..NONCE_LEN + len).unwrap_or_default().to_vec())
+    }
+
+    /// Whether the key of a value that was opened before still opens.
+    pub fn opens(&self, sealed: &str, now: Moment) -> bool {
+        self.key_of(sealed, now).is_ok()
+    }
+
+    /// The key that a value names, and what it sealed.
+    fn key_of<'s>(&self, sealed: &'s str, now: Moment) -> Result<(&Key, &'s str), Closed> {
+        let rest = sealed.strip_prefix("v1.").filter(|_| sealed.len() <= SEALED_MAX).ok_or(Closed::Bad)?;
+        let (kid, text) = rest.split_once('.').ok_or(Closed::Bad)?;
+        let key = self.0.iter().find(|key| key.kid.as_str() == kid).ok_or(Closed::UnknownKey)?;
+        match key.open_until.is_some_and(|until| now >= until) {
+            true => Err(Closed::UnknownKey),
+            false => Ok((key, text)),
+        }
     }
 
     /// Signs for origins (EdDSA): the key's name and the signature.

@@ -6,6 +6,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
+use aws_lc_rs::digest::{SHA256, digest};
+use data_encoding::HEXLOWER;
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -160,17 +162,26 @@ text_field!(Moment, "a time like \"2026-12-01T00:00:00Z\"");
 /// The hash of a password: argon2id in PHC's form, or bcrypt. What it costs to
 /// check is bounded here, because whoever knocks makes us pay it.
 #[derive(Clone, PartialEq, Eq)]
-pub struct PasswordHash(String);
+pub struct PasswordHash {
+    text: String,
+    digest: String,
+}
 
 impl PasswordHash {
     /// The hash.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
+    }
+
+    /// A name for it that tells nothing of it (hex): what a login by the password is
+    /// bound to.
+    pub fn digest(&self) -> &str {
+        &self.digest
     }
 
     /// Whether it is bcrypt's.
     pub fn is_bcrypt(&self) -> bool {
-        self.0.starts_with("$2")
+        self.text.starts_with("$2")
     }
 }
 
@@ -178,7 +189,9 @@ impl FromStr for PasswordHash {
     type Err = &'static str;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut parts = text.split('$').skip(1);
-        let whole = Self(text.to_owned());
+        let digest = digest(&SHA256, format!("adit password v1 {text}").as_bytes());
+        let digest = HEXLOWER.encode(digest.as_ref().get(..16).unwrap_or_default());
+        let whole = Self { text: text.to_owned(), digest };
         let bad = Err("is no hash of a password that is known here");
         if !text.starts_with('$') || text.len() > 256 || !text.bytes().all(|b| b.is_ascii_graphic()) {
             return bad;
