@@ -121,7 +121,11 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         Store::open(&state.file("store.db"), config.store.clone()).map_err(|e| Failure::Start(e.to_string()))?;
     let feed: Arc<dyn Feed> = Arc::clone(&store) as _;
     let routes = Arc::new(Routes::default());
-    let knobs = RecordSettings { ports: config.ingress.ports, domain: config.node.domain.clone() };
+    let knobs = RecordSettings {
+        ports: config.ingress.ports,
+        domain: config.node.domain.clone(),
+        reserved: config.gate.host.clone(),
+    };
     let records = Arc::new(Records::new(Arc::clone(&feed), knobs));
     let logins = Arc::<Logins>::default();
     let shown = Arc::clone(&certificates) as _;

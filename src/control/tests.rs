@@ -41,6 +41,7 @@ async fn node(change: impl FnOnce(&mut ControlSettings)) -> Node {
     let ports = RecordSettings {
         ports: crate::fields::PortRange { first: 20000, last: 20009 },
         domain: Some("edge.test".parse().unwrap()),
+        ..RecordSettings::default()
     };
     let records = Arc::new(Records::new(store.clone(), ports));
     let routes = Arc::new(Routes::default());

@@ -162,6 +162,11 @@ impl<D: Dial> Http<D> {
         Ok(Arc::new(Self { routes, dialer, settings, origin_tls, origins, template, gates, tracker }))
     }
 
+    /// Whether this is the host where visitors log in.
+    pub fn is_auth_host(&self, host: &str) -> bool {
+        self.gates.is_auth_host(host)
+    }
+
     /// Closes the connections to origins that wait for a request, and keeps no
     /// more: for the end, when nobody is to wait for them.
     pub fn close(&self) {

@@ -192,6 +192,11 @@ impl HostPattern {
         &self.0
     }
 
+    /// Whether a name is this one, or one label below `*.name`.
+    pub fn covers(&self, name: &HostName) -> bool {
+        *self.0 == *name.0 || (self.is_wildcard() && name.wildcard().as_deref() == Some(&*self.0))
+    }
+
     /// Whether this is `*.name`.
     pub fn is_wildcard(&self) -> bool {
         self.0.starts_with("*.")

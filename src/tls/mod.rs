@@ -148,8 +148,9 @@ text_field!(Version, "\"1.2\" or \"1.3\"");
 pub enum Purpose<'a> {
     /// HTTP on the shared port: h2 or http/1.1 by ALPN.
     Http,
-    /// A `tls` socket: no ALPN, and its own names where the visitor names none
-    /// that is known.
+    /// A `tls` socket: no ALPN, and no name but its own. Browsers send cookies to every
+    /// port of a host, so that a socket which could show another's name would be sent
+    /// the other's.
     Raw {
         /// The socket's host names.
         own: &'a [HostPattern],
@@ -368,6 +369,15 @@ impl Certificates {
     ) -> Option<Arc<Presentable>> {
         let now = now();
         let table = self.table.read();
+        let own = match purpose {
+            Purpose::Http => None,
+            Purpose::Raw { own } | Purpose::Asking { own, .. } => Some(own),
+        };
+        if let Some(own) = own.filter(|_| named) {
+            let sni = sni.filter(|sni| own.iter().any(|name| name.covers(sni)))?;
+            let found = table.best(sni.as_str(), sni.wildcard().as_deref(), usable, now);
+            return found.or_else(|| table.default.clone().filter(|_| self.unknown_sni == BadSni::Default));
+        }
         if let Some(sni) = sni
             && let Some(found) = table.best(sni.as_str(), sni.wildcard().as_deref(), usable, now)
         {
@@ -376,11 +386,7 @@ impl Certificates {
         if named && self.unknown_sni == BadSni::Refuse {
             return None;
         }
-        let own = match purpose {
-            Purpose::Http => &[],
-            Purpose::Raw { own } | Purpose::Asking { own, .. } => own,
-        };
-        if let Some(found) = own.iter().find_map(|name| table.best_for_pattern(name, usable, now)) {
+        if let Some(found) = own.unwrap_or_default().iter().find_map(|name| table.best_for_pattern(name, usable, now)) {
             return Some(found);
         }
         let default = named || self.missing_sni == BadSni::Default;

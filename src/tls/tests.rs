@@ -70,10 +70,30 @@ fn a_raw_socket_shows_its_own_certificate_where_the_visitor_names_none() {
     all.put(&made("any", &["*.wild.test"], 10)).unwrap();
     let own = ["missing.test".parse().unwrap(), "db.own.test".parse().unwrap()];
     assert_eq!(shown(&all, None, Purpose::Raw { own: &own }).as_deref(), Some("db.own.test"));
-    assert_eq!(shown(&all, Some("unknown.test"), Purpose::Raw { own: &own }).as_deref(), Some("db.own.test"));
+    assert_eq!(shown(&all, Some("missing.test"), Purpose::Raw { own: &own }).as_deref(), Some("edge.test"));
     let wild = ["a.wild.test".parse().unwrap()];
     assert_eq!(shown(&all, None, Purpose::Raw { own: &wild }).as_deref(), Some("*.wild.test"));
     assert_eq!(shown(&all, None, Purpose::Raw { own: &[] }).as_deref(), Some("edge.test"));
+}
+
+#[test]
+fn a_raw_socket_never_shows_a_name_that_is_not_its_own() {
+    let all = certificates();
+    let default = made("default", &["*.edge.test"], 10);
+    all.put_default(&default.chain_pem, &default.key_pem).unwrap();
+    all.put(&made("wiki", &["wiki.edge.test"], 10)).unwrap();
+    let own = ["db.edge.test".parse().unwrap(), "*.db.edge.test".parse().unwrap()];
+    for (sni, seen) in [
+        ("db.edge.test", Some("*.edge.test")),
+        ("a.db.edge.test", Some("*.edge.test")),
+        ("wiki.edge.test", None),
+        ("other.edge.test", None),
+        ("unknown.test", None),
+        ("a.a.db.edge.test", None),
+    ] {
+        assert_eq!(shown(&all, Some(sni), Purpose::Raw { own: &own }).as_deref(), seen, "{sni}");
+    }
+    assert_eq!(shown(&all, Some("wiki.edge.test"), Purpose::Raw { own: &[] }), None);
 }
 
 #[test]
@@ -241,12 +261,13 @@ async fn of_two_keys_for_one_name_a_visitor_is_shown_the_one_that_it_can_verify(
 #[tokio::test]
 async fn http_agrees_on_h2_and_a_raw_socket_on_nothing() {
     let all = certificates();
+    let own = ["a.test".parse().unwrap()];
     all.put(&made("a", &["a.test"], 10)).unwrap();
     for (purpose, alpn, h2, agreed) in [
         (HTTP, vec![&b"http/1.1"[..], b"h2"], true, Some(&b"h2"[..])),
         (HTTP, vec![b"http/1.1"], false, Some(b"http/1.1")),
         (HTTP, vec![], false, None),
-        (Purpose::Raw { own: &[] }, vec![b"h2", b"postgresql"], false, None),
+        (Purpose::Raw { own: &own }, vec![b"h2", b"postgresql"], false, None),
     ] {
         let (edge, visitor) = meet(&all, purpose, Arc::new(client(ANY, &alpn)), "a.test").await;
         let (edge, visitor) = (edge.unwrap(), visitor.unwrap());
@@ -371,8 +392,8 @@ async fn a_ticket_is_good_for_its_name_certificate_and_purpose_alone() {
     let node = node(&[&both, &other], &[1]);
     let fallback = made("fallback", &["fallback.test"], 10);
     node.put_default(&fallback.chain_pem, &fallback.key_pem).unwrap();
-    let (a, c) = (["a.test".parse().unwrap()], ["c.test".parse().unwrap()]);
-    let (raw_a, raw_c) = (Purpose::Raw { own: &a }, Purpose::Raw { own: &c });
+    let [a, b, c] = ["a.test", "b.test", "c.test"].map(|name| [name.parse().unwrap()]);
+    let [raw_a, raw_b, raw_c] = [&a, &b, &c].map(|own| Purpose::Raw { own });
     for version in VERSIONS {
         let (mut config, _) = client_of(&[version], ANY, &[b"h2"]);
         config.resumption = rustls::client::Resumption::store(Arc::new(OneName(ClientSessionMemoryCache::new(8))));
@@ -387,8 +408,8 @@ async fn a_ticket_is_good_for_its_name_certificate_and_purpose_alone() {
             (HTTP, &config, "b.test", false),
             (HTTP, &config, "c.test", false),
             (HTTP, &config, "b.test", false),
-            (raw_a, &config, "b.test", false),
-            (raw_a, &config, "b.test", true),
+            (raw_b, &config, "b.test", false),
+            (raw_b, &config, "b.test", true),
             (HTTP, &config, "b.test", false),
             (HTTP, &config, "b.test", true),
             (HTTP, &unnamed, "b.test", false),

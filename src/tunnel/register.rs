@@ -268,9 +268,12 @@ impl Tunnels {
         }
         let host: HostName = format!("{label}.{domain}").parse().map_err(|_| format!("{name} is too long"))?;
         // A recorded wildcard claims the name too: its keys serve it, nobody else.
-        if kind.by_name()
+        if kind != SocketType::Tcp
             && let Some(route) = self.routes.by_host(host.as_str())
         {
+            if !kind.by_name() {
+                return Err(format!("{host} is the name of socket {} already; choose another name", route.socket.id));
+            }
             return self.of_socket(session, login, &route, None);
         }
         let bad_id = |_| format!("{label} cannot be a name: it must start with a letter or digit");

@@ -43,7 +43,7 @@ impl Door {
         let (follower, following) = Follower::new(Arc::clone(&feed), Arc::clone(&routes), certificates, Arc::default());
         tasks.spawn(follower.run(CancellationToken::new()));
         let domain = Some("edge.test".to_owned());
-        let knobs = RecordSettings { ports, domain: Some("edge.test".parse().unwrap()) };
+        let knobs = RecordSettings { ports, domain: Some("edge.test".parse().unwrap()), reserved: None };
         let parts = Parts {
             routes,
             records: Arc::new(Records::new(Arc::clone(&feed), knobs)),

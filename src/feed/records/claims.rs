@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::error::mistake;
 use crate::feed::Entry;
 use crate::fields::Mistake;
-use crate::model::{Socket, SocketId, SocketType, Tunnel, TunnelId};
+use crate::model::{Socket, SocketId, Tunnel, TunnelId};
 
 /// Where claims of ports are kept.
 pub(super) const PORTS: &str = "cfg/port/";
@@ -96,13 +96,11 @@ pub(super) fn index_prefix(socket: &str) -> String {
     format!("cfg/of/{socket}/")
 }
 
-/// What a socket must have for itself. Names of type tls choose a certificate
-/// and are reached by port, so they are not claimed.
+/// What a socket must have for itself. Names of type tls too: on another port of
+/// the same name browsers would send what they keep for it to somebody else.
 pub(super) fn of_socket(socket: &Socket) -> Vec<Claim> {
     let mut claims = Vec::new();
-    if socket.kind.by_name() {
-        claims.extend(socket.hostnames.iter().enumerate().map(|(i, name)| Claim::host(i, name.as_str())));
-    }
+    claims.extend(socket.hostnames.iter().enumerate().map(|(i, name)| Claim::host(i, name.as_str())));
     claims.extend(socket.ports.iter().enumerate().map(|(i, port)| Claim::port(i, *port)));
     claims
 }
@@ -111,13 +109,9 @@ pub(super) fn of_socket(socket: &Socket) -> Vec<Claim> {
 /// refuses must still release what it has.
 pub(super) fn of_socket_record(value: &str) -> Vec<Claim> {
     let record: Value = serde_json::from_str(value).unwrap_or_default();
-    let kind: Option<SocketType> = record.get("type").and_then(Value::as_str).and_then(|t| t.parse().ok());
     let mut claims = Vec::new();
-    if kind.is_none_or(SocketType::by_name) {
-        claims.extend(
-            list(&record, "hostnames").iter().filter_map(Value::as_str).enumerate().map(|(i, n)| Claim::host(i, n)),
-        );
-    }
+    let names = list(&record, "hostnames").iter().filter_map(Value::as_str);
+    claims.extend(names.enumerate().map(|(i, name)| Claim::host(i, name)));
     claims.extend(ports_of_record(value).into_iter().enumerate().map(|(i, port)| Claim::port(i, port)));
     claims
 }
@@ -174,6 +168,7 @@ pub(super) fn stable_hash(text: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::SocketType;
     use serde_json::json;
 
     #[test]

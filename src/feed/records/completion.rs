@@ -9,7 +9,7 @@ use super::claims;
 use super::error::{RecordError, mistake};
 use crate::feed::Entry;
 use crate::fields::Mistake;
-use crate::model::{HostName, HostPattern, Socket, SocketId, Tunnel};
+use crate::model::{HostName, HostPattern, Socket, SocketId, SocketType, Tunnel};
 
 /// Most names and ports of one socket: each is a key of one transaction.
 const CLAIMS_MAX: usize = 100;
@@ -20,13 +20,19 @@ impl Records {
     /// Fills in names and ports, and checks what only this layer knows.
     pub(super) async fn completed(&self, mut socket: Socket, old: Option<&Entry>) -> Result<Socket, RecordError> {
         let mut mistakes = Vec::new();
-        if socket.kind.by_name() && socket.hostnames.is_empty() {
+        if socket.kind != SocketType::Tcp && socket.hostnames.is_empty() {
             match self.default_name(&socket) {
                 Ok(name) => socket.hostnames.push(name),
                 Err(wrong) => mistakes.push(wrong),
             }
         }
         repeated("hostnames", &socket.hostnames, &mut mistakes);
+        for (i, name) in socket.hostnames.iter().enumerate() {
+            if self.settings.reserved.as_ref().is_some_and(|reserved| reserved.as_str() == name.as_str()) {
+                let fix = "choose another name, or another gate.host";
+                mistakes.push(mistake(format!("hostnames[{i}]"), format!("\"{name}\" is where visitors log in"), fix));
+            }
+        }
         repeated("ports", &socket.ports, &mut mistakes);
         let kept = old.map(|e| claims::ports_of_record(&e.value)).unwrap_or_default();
         let range = self.settings.ports;
@@ -50,7 +56,7 @@ impl Records {
     fn default_name(&self, socket: &Socket) -> Result<HostPattern, Mistake> {
         let at = "hostnames";
         let Some(domain) = &self.settings.domain else {
-            let problem = format!("is empty, and type {} is reached by name", socket.kind);
+            let problem = format!("is empty, and type {} is known by name", socket.kind);
             return Err(mistake(at, problem, "write a host name, or set node.domain"));
         };
         let id = socket.id.as_str();

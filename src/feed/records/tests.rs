@@ -6,7 +6,7 @@ use crate::model::SocketType;
 
 fn records_with(ports: &str, domain: Option<&str>) -> (Arc<Store>, Records) {
     let store = Store::in_memory(StoreSettings::default()).unwrap();
-    let settings = RecordSettings { ports: range(ports), domain: domain.map(|d| d.parse().unwrap()) };
+    let settings = RecordSettings { ports: range(ports), domain: domain.map(|d| d.parse().unwrap()), reserved: None };
     (store.clone(), Records::new(store, settings))
 }
 
@@ -79,7 +79,8 @@ async fn ports_are_chosen_kept_and_given_back() {
 async fn a_kept_port_outside_a_changed_range_is_accepted_back() {
     let (store, records) = records();
     let had = records.put_socket(raw("db", &[]), Condition::Any).await.unwrap().record;
-    let moved = RecordSettings { ports: crate::fields::PortRange { first: 30000, last: 30001 }, domain: None };
+    let ports = crate::fields::PortRange { first: 30000, last: 30001 };
+    let moved = RecordSettings { ports, ..RecordSettings::default() };
     let records = Records::new(store, moved);
     assert_eq!(records.put_socket(had.clone(), Condition::Any).await.unwrap().record, had);
 }
@@ -240,11 +241,26 @@ async fn a_change_of_type_changes_what_is_claimed() {
     let mut tls = Socket::new("a".parse().unwrap(), SocketType::Tls);
     tls.hostnames = vec!["x.test".parse().unwrap()];
     assert_eq!(records.put_socket(tls, Condition::Any).await.unwrap().record.ports, [port]);
-    // Names of type tls are not claimed: they choose a certificate.
-    records.put_socket(named("b", &["x.test"]), Condition::Any).await.unwrap();
+    // A browser would send what it keeps for b to a's port.
+    let taken = records.put_socket(named("b", &["x.test"]), Condition::Any).await.unwrap_err();
+    assert!(matches!(taken, RecordError::Taken(mistakes) if mistakes[0].at == "hostnames[0]"));
     records.put_socket(named("a", &["y.test"]), Condition::Any).await.unwrap();
+    records.put_socket(named("b", &["x.test"]), Condition::Any).await.unwrap();
     assert_eq!(keys(&store, "cfg/host/").await, ["cfg/host/x.test", "cfg/host/y.test"]);
     assert_eq!(records.get::<Socket>(&"b".parse().unwrap()).await.unwrap().record.hostnames[0].as_str(), "x.test");
+}
+
+#[tokio::test]
+async fn nobody_gets_the_name_of_the_host_where_visitors_log_in() {
+    let store = Store::in_memory(Default::default()).unwrap();
+    let reserved = Some("auth.edge.test".parse().unwrap());
+    let records = Records::new(store, RecordSettings { reserved, ..RecordSettings::default() });
+    for kind in ["http", "https", "passthrough", "tls"] {
+        let mut socket = Socket::new("a".parse().unwrap(), kind.parse().unwrap());
+        socket.hostnames = vec!["b.edge.test".parse().unwrap(), "auth.edge.test".parse().unwrap()];
+        let refused = records.put_socket(socket, Condition::Any).await.unwrap_err();
+        assert!(matches!(refused, RecordError::Mistakes(mistakes) if mistakes[0].at == "hostnames[1]"), "{kind}");
+    }
 }
 
 /// "20000-20009" as a range.
