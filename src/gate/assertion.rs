@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use data_encoding::BASE64URL_NOPAD;
-use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{AUTHORIZATION, COOKIE, HeaderMap, HeaderName, HeaderValue};
 use serde_json::json;
 
 use super::who::Who;
@@ -31,19 +31,38 @@ const KEPT_MAX: usize = 100_000;
 
 /// What origins commonly take for who somebody is, in lower case with `-` for `_`:
 /// names, or beginnings of them.
-const SPOOFS: [&str; 11] = [
+const SPOOFS: [&str; 20] = [
     "x-forwarded-user",
     "x-forwarded-email",
     "x-forwarded-groups",
     "x-forwarded-preferred-username",
     "x-forwarded-access-token",
     "x-auth-request-",
-    "remote-user",
-    "x-remote-user",
+    "remote-",
+    "x-remote-",
     "x-webauth-",
     "x-authenticated-",
     "x-goog-authenticated-user-",
+    "x-goog-iap-",
+    "x-amzn-oidc-",
+    "x-authentik-",
+    "x-ms-client-principal",
+    "x-pomerium-",
+    "cf-access-",
+    "tailscale-user-",
+    // Not who, but where: some origins serve what these name instead of the path.
+    "x-original-url",
+    "x-rewrite-url",
 ];
+
+/// Takes out what is somebody's, or makes an origin take a request for another one.
+pub(super) fn strip_person(headers: &mut HeaderMap) {
+    headers.remove(COOKIE);
+    headers.remove(AUTHORIZATION);
+    for name in ["x-http-method-override", "x-http-method", "x-method-override"] {
+        headers.remove(name);
+    }
+}
 
 /// Takes out what could pass for what we say: all that begins with `x-adit-` and,
 /// where the gate tells who somebody is, what origins commonly believe. Case and

@@ -17,19 +17,20 @@ pub(super) const CONSENT: &str = "__Host-adit_k";
 
 /// The values of the cookies of this name, in the order in which they came.
 pub(super) fn values<'a>(headers: &'a HeaderMap, name: &'a str) -> impl Iterator<Item = &'a str> {
-    let lines = headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
-    lines.flat_map(|line| line.split(';')).filter_map(move |pair| {
-        let (key, value) = pair.split_once('=')?;
-        (key.trim() == name).then(|| value.trim())
-    })
+    pairs(headers).filter_map(move |(key, value)| (key == name).then_some(value))
 }
 
 /// The cookies whose names begin so.
 pub(super) fn named<'a>(headers: &'a HeaderMap, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
-    let lines = headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
-    lines.flat_map(|line| line.split(';')).filter_map(move |pair| {
-        let (key, value) = pair.split_once('=')?;
-        key.trim().starts_with(prefix).then(|| (key.trim(), value.trim()))
+    pairs(headers).filter(move |(key, _)| key.starts_with(prefix))
+}
+
+/// Names and values; one that is not ASCII is none of ours, and hides no other.
+fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
+    let lines = headers.get_all(COOKIE).iter();
+    lines.flat_map(|line| line.as_bytes().split(|b| *b == b';')).filter_map(|pair| {
+        let (key, value) = std::str::from_utf8(pair).ok()?.split_once('=')?;
+        Some((key.trim_ascii(), value.trim_ascii()))
     })
 }
 

@@ -11,6 +11,7 @@ use futures_util::task::AtomicWaker;
 use hyper::Uri;
 use tokio_util::sync::CancellationToken;
 
+use super::Asked;
 use super::who::Who;
 use crate::model::SocketId;
 
@@ -27,6 +28,8 @@ pub(super) struct Entry {
     pub(super) ip: IpAddr,
     /// By what.
     pub(super) who: Who,
+    /// Whether there was a gate.
+    pub(super) gated: bool,
     is_cut: AtomicBool,
     waker: AtomicWaker,
     /// Made for those that wait at several places.
@@ -64,13 +67,14 @@ pub struct Held {
 
 impl Live {
     /// One more.
-    pub(super) fn hold(self: &Arc<Self>, socket: SocketId, host: &str, target: &Uri, ip: IpAddr, who: Who) -> Held {
+    pub(super) fn hold(self: &Arc<Self>, socket: SocketId, asked: &Asked<'_>, who: Who, gated: bool) -> Held {
         let entry = Arc::new(Entry {
             socket,
-            host: host.into(),
-            target: target.clone(),
-            ip,
+            host: asked.host.into(),
+            target: asked.target.clone(),
+            ip: asked.ip,
             who,
+            gated,
             is_cut: AtomicBool::new(false),
             waker: AtomicWaker::new(),
             token: OnceLock::new(),
@@ -81,11 +85,14 @@ impl Live {
     }
 
     /// Cuts those that `passes` denies; answers how many.
-    pub(super) fn recheck(&self, passes: impl Fn(&Entry) -> bool) -> usize {
+    pub(super) async fn recheck(&self, passes: impl Fn(&Entry) -> bool) -> usize {
         // Not under the map's locks: what is cut removes itself.
         let all: Vec<Arc<Entry>> = self.entries.iter().map(|entry| Arc::clone(&entry)).collect();
         let mut cut = 0;
-        for entry in all {
+        for (n, entry) in all.into_iter().enumerate() {
+            if n % 256 == 255 {
+                tokio::task::yield_now().await;
+            }
             if !entry.is_cut() && !passes(&entry) {
                 entry.cut();
                 cut += 1;

@@ -272,7 +272,9 @@ impl Gates {
         let email = given.parse::<Email>().ok();
         let account = email.as_ref().and_then(|email| self.logins.account(email));
         let (name, hash) = (email.as_ref().map_or(given, Email::as_str), account.as_ref().map(|a| &a.password));
-        let checked = self.passwords.check(&format!("account {name}"), asked.ip, name, password, hash).await;
+        // Names that do not exist are one place: else each would have a budget of its own.
+        let place = account.as_ref().map_or("no account".to_owned(), |account| format!("account {}", account.id));
+        let checked = self.passwords.check(&place, asked.ip, name, password, hash.ok_or(None)).await;
         let account = account.filter(|account| !account.disabled);
         let (Checked::Right { .. }, Some(account)) = (checked, account) else {
             let (why, text) = match checked {
@@ -383,7 +385,7 @@ impl Gates {
         })
     }
 
-    fn may(&self, to: &Destination, session: &Session, now: Moment) -> bool {
+    pub(super) fn may(&self, to: &Destination, session: &Session, now: Moment) -> bool {
         to.oidc().is_some_and(|oidc| session.passes(oidc, &[], &self.logins, now).is_ok())
     }
 
@@ -447,7 +449,7 @@ impl Gates {
     fn crowded_out<T: Step>(&self, asked: &Asked<'_>, prefix: &str, place: Place<'_>, now: Moment) -> Vec<HeaderValue> {
         let Some(seals) = self.logins.seals() else { return Vec::new() };
         let mut all: Vec<(u64, &str)> = Vec::new();
-        for (name, value) in cookies::named(asked.headers, prefix) {
+        for (name, value) in cookies::named(asked.headers, prefix).take(32) {
             let ours = name.len() == prefix.len() + 16
                 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
             if ours && !all.iter().any(|(_, other)| *other == name) {

@@ -13,6 +13,7 @@ use super::session::{Session, identity_digest};
 use super::steps::{Broken, LOGIN_LIFE, Logout};
 use super::{Asked, Gates, OURS, cookies};
 use crate::feed::records::{Condition, RecordError};
+use crate::limits::share_of;
 use crate::model::identity::{Email, Moment, Whose};
 use crate::model::{Provider, Revocation};
 
@@ -43,7 +44,9 @@ impl Gates {
         let everywhere = self.one(asked, &fields, "where")? == Some("everywhere");
         let socket = &to.route.socket.id;
         let out = Reply::redirect(StatusCode::SEE_OTHER, &self.url(asked.host, &format!("{OURS}out")));
-        let Some(session) = self.session(asked, socket, now) else {
+        // What has ended needs no end.
+        let session = self.session(asked, socket, now).filter(|session| self.may(to, session, now));
+        let Some(session) = session else {
             return Ok(out.setting(cookies::clear(cookies::SESSION)));
         };
         let mut ended = vec![Whose::Session(session.name.clone())];
@@ -51,7 +54,8 @@ impl Gates {
             ended.push(Whose::Identity(session.whose()));
         }
         for whose in ended {
-            if let Err(error) = self.revoke(whose, now).await {
+            // It may have been issued by a clock that is ahead of this one.
+            if let Err(error) = self.revoke(whose, now, now.max(Moment(session.issued))).await {
                 tracing::error!(%error, "a login that was ended could not be revoked");
                 let why = "You are logged out here. Other devices could not be told: try again in a moment.";
                 let here = Some(self.url(asked.host, &format!("{OURS}logout")));
@@ -98,14 +102,17 @@ impl Gates {
     /// Logout 1.0).
     pub(super) async fn backchannel(&self, asked: &Asked<'_>, provider: &str, body: &[u8], now: Moment) -> Reply {
         let refused = |status: StatusCode, why: &str| {
-            tracing::warn!(provider, why, "a logout by the provider was refused");
+            if self.audit.take((), Instant::now()).is_ok() {
+                tracing::warn!(provider, why, "a logout by the provider was refused");
+            }
             Reply::json(status, &serde_json::json!({ "error": "invalid_request", "error_description": why }))
         };
         let found = provider.parse().ok().and_then(|id| self.logins.provider(&id));
         let Some(provider) = found else {
             return Reply::json(StatusCode::NOT_FOUND, &serde_json::json!({ "error": "not_found" }));
         };
-        if let Err(wait) = self.logged_out_by.take(provider.id.clone(), Instant::now()) {
+        // Of the sender: else anybody could use up what the provider has.
+        if let Err(wait) = self.logged_out_by.take(share_of(asked.ip.to_canonical()), Instant::now()) {
             let told = Reply::json(StatusCode::TOO_MANY_REQUESTS, &serde_json::json!({ "error": "slow_down" }));
             return told.retry_after(wait.as_secs());
         }
@@ -129,7 +136,7 @@ impl Gates {
             (None, Some(subject)) => identity_digest(&out.issuer, "subject", subject),
             (None, None) => return refused(StatusCode::BAD_REQUEST, "the logout token names nobody"),
         };
-        if let Err(error) = self.revoke(Whose::Identity(ended), now).await {
+        if let Err(error) = self.revoke(Whose::Identity(ended), now, now).await {
             tracing::error!(%error, "a logout by the provider could not be written");
             return refused(StatusCode::SERVICE_UNAVAILABLE, "it could not be written").retry_after(5);
         }
@@ -140,8 +147,7 @@ impl Gates {
     /// Who is logged in, for a page's own scripts.
     pub(super) fn identity(&self, asked: &Asked<'_>, to: &Destination, now: Moment) -> Reply {
         let session = self.session(asked, &to.route.socket.id, now);
-        let session = session
-            .filter(|session| to.oidc().is_some_and(|oidc| session.passes(oidc, &[], &self.logins, now).is_ok()));
+        let session = session.filter(|session| self.may(to, session, now));
         match (session, to.oidc()) {
             (Some(session), Some(oidc)) => Reply::json(
                 StatusCode::OK,
@@ -161,8 +167,8 @@ impl Gates {
         self.logins.provider(&session.provider)
     }
 
-    /// Revokes what was issued until now, on all nodes.
-    async fn revoke(&self, whose: Whose, now: Moment) -> Result<(), RecordError> {
+    /// Revokes what was issued until `last`, on all nodes.
+    async fn revoke(&self, whose: Whose, now: Moment, last: Moment) -> Result<(), RecordError> {
         let id = match &whose {
             Whose::Session(name) => format!("session-{name}"),
             Whose::Identity(digest) => format!("identity-{digest}"),
@@ -170,7 +176,7 @@ impl Gates {
             Whose::Email(_) => return Ok(()),
         };
         let Ok(id) = id.parse() else { return Ok(()) };
-        let (issued_before, until) = (Moment(now.0 + 1), now.after(LONGEST));
+        let (issued_before, until) = (Moment(last.0 + 1), now.after(LONGEST));
         let revocation = Revocation { id, whose, issued_before, until, extra: serde_json::Map::new() };
         self.records.put_unclaimed(revocation, Condition::Any).await.map(|_| ())
     }

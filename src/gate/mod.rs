@@ -59,7 +59,7 @@ use crate::logins::Logins;
 use crate::logins::seal::{Place, Purpose};
 use crate::model::gate::{Asks, Gate, PathRule};
 use crate::model::identity::{Email, Moment, SealingKey};
-use crate::model::{Keyring, KeyringId, ProviderId, SocketId};
+use crate::model::{Keyring, KeyringId, SocketId};
 use crate::routes::{Route, Routes};
 
 /// A program's token.
@@ -68,7 +68,7 @@ const SERVICE_TOKEN: HeaderName = HeaderName::from_static("adit-service-token");
 const OURS: &str = "/.adit/";
 /// Lines of the audit about who was denied, per second.
 const AUDIT_LINES: f64 = 100.0;
-/// Logouts that one provider may tell per second.
+/// Logouts that one provider's address may tell per second.
 const LOGOUTS: f64 = 100.0;
 /// Longest body of a form of ours, in bytes.
 pub const FORM_MAX: usize = 16 << 10;
@@ -98,6 +98,8 @@ pub struct Asked<'a> {
     pub secure: bool,
     /// Whether it wants to become another protocol.
     pub upgrade: bool,
+    /// Whether it has no body.
+    pub empty: bool,
     /// Its id.
     pub id: &'a HeaderValue,
 }
@@ -204,16 +206,19 @@ impl From<Stepped> for Served {
 pub struct Pass {
     who: Who,
     /// Held against the rules while it runs.
-    pub held: Option<Held>,
+    pub held: Held,
     reseal: Option<HeaderValue>,
-    /// Whether `Authorization` was for us.
-    own_authorization: bool,
+    /// Whether a password in `Authorization` is for us alone.
+    own_password: bool,
+    /// Let through by what it is, not by whose it is: nothing of theirs goes with it.
+    preflight: bool,
     asks_identity: bool,
 }
 
 impl Pass {
-    fn open() -> Self {
-        Self { who: Who::Nobody, held: None, reseal: None, own_authorization: false, asks_identity: false }
+    fn open(held: Held) -> Self {
+        let who = Who::Nobody;
+        Self { who, held, reseal: None, own_password: false, preflight: false, asks_identity: false }
     }
 
     /// Changes the head of the origin's answer: it cannot set a cookie of ours.
@@ -243,7 +248,7 @@ pub struct Gates {
     seen: Seen,
     begun_by_address: Rates<IpAddr>,
     begun_at_socket: Rates<String>,
-    logged_out_by: Rates<ProviderId>,
+    logged_out_by: Rates<IpAddr>,
     exempt_loopback: bool,
     /// Lines of the audit about who was denied.
     audit: Rates<()>,
@@ -401,15 +406,17 @@ impl Gates {
     /// Whether a request may go on to its socket's origin.
     pub async fn admit(&self, asked: &Asked<'_>) -> Verdict {
         let Some(route) = asked.route else { return refused(Error::NoSocket) };
-        let Some(gate) = &route.socket.gate else { return Verdict::Passes(Pass::open()) };
         let socket = &route.socket.id;
+        let Some(gate) = &route.socket.gate else {
+            // One may be put there while it runs.
+            return Verdict::Passes(Pass::open(self.live.hold(socket.clone(), asked, Who::Nobody, false)));
+        };
         if !gate.ip.as_ref().is_none_or(|rules| rules.allows(asked.ip)) {
             self.tell(socket, asked, "ip", Err("address"));
             return refused(Error::Forbidden);
         }
         if !gate.asks_identity() {
-            let held = self.live.hold(socket.clone(), asked.host, asked.target, asked.ip, Who::Nobody);
-            return Verdict::Passes(Pass { held: Some(held), ..Pass::open() });
+            return Verdict::Passes(Pass::open(self.live.hold(socket.clone(), asked, Who::Nobody, true)));
         }
         if !asked.secure {
             // Neither cookies nor passwords are read where anybody can write them.
@@ -422,8 +429,8 @@ impl Gates {
         let preflight = *asked.method == Method::OPTIONS
             && asked.headers.contains_key(ORIGIN)
             && asked.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
-        if preflight && gate.oidc.as_ref().is_some_and(|oidc| oidc.allow_cors_preflight) {
-            return Verdict::Passes(self.pass(asked, route, gate, Who::Nobody, None));
+        if preflight && !asked.upgrade && asked.empty && gate.oidc.as_ref().is_some_and(|oidc| oidc.allow_cors_preflight) {
+            return Verdict::Passes(Pass { preflight: true, ..self.pass(asked, route, gate, Who::Nobody, None) });
         }
         let now = Moment::now();
         if let Some(given) = asked.headers.get(SERVICE_TOKEN) {
@@ -452,7 +459,7 @@ impl Gates {
         let socket = &route.socket.id;
         let hash = digest::digest(&digest::SHA256, given);
         // Every one is compared: time tells nothing of the tokens.
-        let known = gate.service_tokens.iter().fold(None, |known, token| {
+        let known = gate.tokens().iter().fold(None, |known, token| {
             let same = constant_time::verify_slices_are_equal(&token.hash.0, hash.as_ref()).is_ok();
             if same { Some(token) } else { known }
         });
@@ -489,8 +496,8 @@ impl Gates {
     ) -> Verdict {
         let socket = &route.socket.id;
         let user = basic.users.iter().find(|user| user.name == name);
-        let hash = user.map(|user| &user.password);
-        let checked = self.passwords.check(socket.as_str(), asked.ip, &name, &password, hash).await;
+        let (hash, like) = (user.map(|user| &user.password), basic.users.first().map(|user| &user.password));
+        let checked = self.passwords.check(socket.as_str(), asked.ip, &name, &password, hash.ok_or(like)).await;
         let user = match (checked, user) {
             (Checked::Busy(wait), _) => {
                 self.tell(socket, asked, "basic", Err("busy"));
@@ -519,9 +526,7 @@ impl Gates {
             return refused(Error::Forbidden);
         }
         let who = Who::User { name: user.name.clone(), password: user.password.clone() };
-        let mut pass = self.pass(asked, route, gate, who, None);
-        pass.own_authorization = !basic.pass_authorization;
-        Verdict::Passes(pass)
+        Verdict::Passes(self.pass(asked, route, gate, who, None))
     }
 
     fn by_session(
@@ -552,25 +557,32 @@ impl Gates {
             self.tell(socket, asked, "login", Err("origin"));
             return refused(Error::Forbidden);
         }
-        let reseal = (session.wants_reseal(oidc, now) && asked.navigates())
+        // Not into what other pages ask for: it may be kept where it should not.
+        let own = asked.navigates() || (!asked.upgrade && asked.header("sec-fetch-site") == Some("same-origin"));
+        let reseal = (session.wants_reseal(oidc, now) && own)
             .then(|| self.seal_session(asked.host, socket, &Session { seen: now.0, ..(*session).clone() }, gate, now))
             .flatten();
         Verdict::Passes(self.pass(asked, route, gate, Who::Session(session), reseal))
     }
 
     fn pass(&self, asked: &Asked<'_>, route: &Arc<Route>, gate: &Gate, who: Who, reseal: Option<HeaderValue>) -> Pass {
-        let held = self.live.hold(route.socket.id.clone(), asked.host, asked.target, asked.ip, who.clone());
-        Pass { who, held: Some(held), reseal, own_authorization: false, asks_identity: gate.asks_identity() }
+        let held = self.live.hold(route.socket.id.clone(), asked, who.clone(), true);
+        let own_password = gate.basic.as_ref().is_some_and(|basic| !basic.pass_authorization);
+        Pass { who, held, reseal, own_password, preflight: false, asks_identity: gate.asks_identity() }
     }
 
     /// Changes the head of a request that passed, on its way to the origin.
     pub fn tell_origin(&self, pass: &Pass, headers: &mut HeaderMap, host: &str) {
         strip(headers, pass.asks_identity);
+        // A login outlasts the gate that asked for it.
+        cookies::strip(headers);
         if !pass.asks_identity {
             return;
         }
-        cookies::strip(headers);
-        if pass.own_authorization {
+        if pass.preflight {
+            assertion::strip_person(headers);
+        }
+        if pass.own_password && headers.get_all(AUTHORIZATION).iter().any(is_basic) {
             headers.remove(AUTHORIZATION);
         }
         let seals = self.logins.seals();
@@ -610,6 +622,10 @@ impl Gates {
         if !asked.navigates() {
             return self.challenge(asked, gate);
         }
+        if asked.authority.split(':').next().is_some_and(|host| host.ends_with('.')) {
+            // Browsers take `name.` for another host, whose cookies are others.
+            return Verdict::Answers(Reply::redirect(StatusCode::TEMPORARY_REDIRECT, &self.here(asked)));
+        }
         let target = asked.target.path_and_query().map_or("/", |p| p.as_str());
         Verdict::Answers(self.begin(asked, route, target, false, Moment::now()))
     }
@@ -631,7 +647,7 @@ impl Gates {
         if gate.oidc.is_some() {
             ask(format!("Adit-Login url=\"https://{}{}{OURS}login\"", asked.host, self.port));
         }
-        if !gate.service_tokens.is_empty() {
+        if gate.service_tokens.is_some() {
             ask("Adit-Service-Token".to_owned());
         }
         Verdict::Refuses { error: Error::Unauthorized, headers }
@@ -675,7 +691,7 @@ impl Gates {
     /// Whether a request that runs would be let in again now.
     fn still_passes(&self, entry: &Entry) -> bool {
         let Some(route) = self.routes.by_host(&entry.host).filter(|route| route.socket.id == entry.socket) else {
-            return false;
+            return !entry.gated;
         };
         let Some(gate) = &route.socket.gate else { return true };
         if !gate.ip.as_ref().is_none_or(|rules| rules.allows(entry.ip)) {
@@ -698,7 +714,7 @@ impl Gates {
             }
             Who::Token { name, hash } => {
                 let lasts = |token: &&crate::model::gate::ServiceToken| token.expires.is_none_or(|at| now < at);
-                gate.service_tokens.iter().filter(lasts).any(|token| token.name == *name && token.hash == *hash)
+                gate.tokens().iter().filter(lasts).any(|token| token.name == *name && token.hash == *hash)
                     && rules.iter().all(|rule| names_token(rule, name))
             }
             Who::Session(session) => {
@@ -737,7 +753,7 @@ impl Gates {
                 }
             }
             if !self.live.is_empty() {
-                let cut = self.live.recheck(|entry| self.still_passes(entry));
+                let cut = self.live.recheck(|entry| self.still_passes(entry)).await;
                 if cut > 0 {
                     metrics::counter!("adit_gate_cut_total").increment(cut as u64);
                     tracing::info!(target: "adit::audit", cut, "running requests no longer pass, and were cut");
@@ -811,6 +827,11 @@ fn names_token(rule: &PathRule, name: &str) -> bool {
         Asks::Nothing => true,
         Asks::OneOf { service_tokens, .. } => service_tokens.iter().any(|token| token == name),
     }
+}
+
+/// Whether a line of `Authorization` is a name and a password.
+fn is_basic(line: &HeaderValue) -> bool {
+    line.as_bytes().get(..6).is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "))
 }
 
 /// Name and password of `Authorization: Basic` (RFC 7617 §2).

@@ -2,19 +2,23 @@
 //! node, of the socket and of the address, and remembered for a while by a keyed
 //! hash, because a check costs tens of milliseconds and a page has many requests.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::hmac;
 use dashmap::DashMap;
+use tokio::sync::{Mutex, Semaphore};
 
 use super::settings::GateSettings;
-use crate::limits::{Rates, share_of};
+use crate::limits::Rates;
 use crate::model::identity::PasswordHash;
 use crate::password;
 
 /// Most passwords that are remembered; beyond, all are forgotten at once.
 const REMEMBERED_MAX: usize = 100_000;
+/// Most that wait for their turn: at the costliest hash they wait some seconds.
+const WAITING_MAX: usize = 16;
 
 /// Checks passwords.
 pub(super) struct Passwords {
@@ -27,8 +31,9 @@ pub(super) struct Passwords {
     exempt_loopback: bool,
     /// What names that do not exist are held against, so that they take as long.
     nobody: Option<PasswordHash>,
-    /// One at a time: what waits is bounded by the budget.
-    turn: tokio::sync::Mutex<()>,
+    /// One at a time, whoever left meanwhile.
+    turn: Arc<Mutex<()>>,
+    waiting: Arc<Semaphore>,
 }
 
 /// What a check came to.
@@ -64,38 +69,51 @@ impl Passwords {
             per_address: Rates::new(address / 60.0, address),
             exempt_loopback,
             nobody: password::hash("nobody has this password").ok(),
-            turn: tokio::sync::Mutex::new(()),
+            turn: Arc::default(),
+            waiting: Arc::new(Semaphore::new(WAITING_MAX)),
         })
     }
 
     /// Whether `password` is the one of `hash`; of nobody, where there is no such
-    /// name. `place` is the socket or account, `name` who they say they are.
+    /// name, though it takes as long as one `like` this. `place` is the socket or
+    /// account, `name` who they say they are.
     pub(super) async fn check(
         &self,
         place: &str,
         ip: IpAddr,
         name: &str,
         password: &str,
-        hash: Option<&PasswordHash>,
+        hash: Result<&PasswordHash, Option<&PasswordHash>>,
     ) -> Checked {
-        let remembered = self.remembered(place, name, password, hash);
-        if self.known.get(&remembered).is_some_and(|until| Instant::now() < *until) {
+        let now = Instant::now();
+        let remembered = self.remembered(place, name, password, hash.ok());
+        if let Some(until) = self.known.get(&remembered).map(|until| *until).filter(|until| now < *until) {
+            // Who is in stays in while they come, whatever else floods us.
+            if until - now < self.memory / 2 {
+                self.known.insert(remembered, now + self.memory);
+            }
             return Checked::Right { anew: false };
         }
-        let now = Instant::now();
         let exempt = self.exempt_loopback && ip.to_canonical().is_loopback();
-        let taken = if exempt { Ok(()) } else { self.per_address.take(share_of(ip.to_canonical()), now) };
+        let taken = if exempt { Ok(()) } else { self.per_address.take(subscriber_of(ip.to_canonical()), now) };
         let taken =
             taken.and_then(|()| self.per_place.take(place.to_owned(), now)).and_then(|()| self.node.take((), now));
         if let Err(wait) = taken {
             return Checked::Busy(wait);
         }
-        let Some(held) = hash.or(self.nobody.as_ref()).cloned() else { return Checked::Wrong };
-        let (given, there) = (password.to_owned(), hash.is_some());
-        let right = {
-            let _turn = self.turn.lock().await;
-            tokio::task::spawn_blocking(move || password::verify(&held, &given)).await.unwrap_or(false)
+        let Ok(_place) = Arc::clone(&self.waiting).try_acquire_owned() else {
+            return Checked::Busy(Duration::from_secs(1));
         };
+        let (given, there) = (password.to_owned(), hash.is_ok());
+        let held = hash.or_else(|like| like.or(self.nobody.as_ref()).ok_or(())).cloned();
+        let Ok(held) = held else { return Checked::Wrong };
+        let turn = Arc::clone(&self.turn).lock_owned().await;
+        let computed = tokio::task::spawn_blocking(move || {
+            let right = password::verify(&held, &given);
+            drop(turn);
+            right
+        });
+        let right = computed.await.unwrap_or(false);
         if !(right && there) {
             return Checked::Wrong;
         }
@@ -118,6 +136,14 @@ impl Passwords {
     }
 }
 
+/// What one subscriber's addresses are counted by: providers give them a /56 of IPv6.
+fn subscriber_of(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(_) => ip,
+        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 72))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,25 +158,25 @@ mod tests {
     async fn what_was_right_is_remembered_until_it_changes() {
         let passwords = passwords();
         let (ip, hash) = (IP.parse().unwrap(), password::hash("right").unwrap());
-        assert_eq!(passwords.check("s", ip, "ann", "right", Some(&hash)).await, Checked::Right { anew: true });
+        assert_eq!(passwords.check("s", ip, "ann", "right", Ok(&hash)).await, Checked::Right { anew: true });
         for _ in 0..100 {
-            assert_eq!(passwords.check("s", ip, "ann", "right", Some(&hash)).await, Checked::Right { anew: false });
+            assert_eq!(passwords.check("s", ip, "ann", "right", Ok(&hash)).await, Checked::Right { anew: false });
         }
         // Neither elsewhere, nor of another, nor after a change.
         let other = password::hash("changed").unwrap();
-        assert_eq!(passwords.check("s", ip, "ann", "right", Some(&other)).await, Checked::Wrong);
-        assert_eq!(passwords.check("s", ip, "bob", "right", None).await, Checked::Wrong);
+        assert_eq!(passwords.check("s", ip, "ann", "right", Ok(&other)).await, Checked::Wrong);
+        assert_eq!(passwords.check("s", ip, "bob", "right", Err(None)).await, Checked::Wrong);
     }
 
     #[tokio::test]
     async fn a_flood_of_wrong_passwords_is_not_even_looked_at() {
         let passwords = passwords();
         let (ip, hash) = (IP.parse().unwrap(), password::hash("right").unwrap());
-        assert_eq!(passwords.check("s", ip, "ann", "right", Some(&hash)).await, Checked::Right { anew: true });
+        assert_eq!(passwords.check("s", ip, "ann", "right", Ok(&hash)).await, Checked::Right { anew: true });
         let mut wrong = 0;
         let began = Instant::now();
         for i in 0..2000 {
-            match passwords.check("s", ip, "ann", &format!("wrong {i}"), Some(&hash)).await {
+            match passwords.check("s", ip, "ann", &format!("wrong {i}"), Ok(&hash)).await {
                 Checked::Wrong => wrong += 1,
                 Checked::Busy(wait) => assert!(wait <= Duration::from_secs(20), "{wait:?}"),
                 Checked::Right { .. } => panic!("{i}"),
@@ -158,7 +184,7 @@ mod tests {
         }
         assert!(wrong <= 2 + began.elapsed().as_secs() / 10, "{wrong} were looked at");
         assert_eq!(
-            passwords.check("s", ip, "ann", "right", Some(&hash)).await,
+            passwords.check("s", ip, "ann", "right", Ok(&hash)).await,
             Checked::Right { anew: false },
             "who was in stays in"
         );

@@ -113,7 +113,7 @@ impl<D: Dial> Http<D> {
         {
             answer.response.headers_mut().entry(STRICT_TRANSPORT_SECURITY).or_insert_with(|| hsts.value().clone());
         }
-        let held = pass.and_then(|pass: Pass| {
+        let held = pass.map(|pass: Pass| {
             pass.answered(answer.response.headers_mut());
             pass.held
         });
@@ -192,6 +192,7 @@ impl<D: Dial> Http<D> {
             ip: record.visitor.ip(),
             secure: asked.secure,
             upgrade: tunnelled || parts.headers.contains_key(UPGRADE),
+            empty: upload.is_end_stream(),
             id: asker.id,
         };
         let verdict = match self.gates.is_ours(&gate) {
@@ -247,13 +248,10 @@ impl<D: Dial> Http<D> {
         self.hear_interim(&mut request, parts.version, http2, &connection.pulse);
 
         let forwarded = self.forward(connection, &route, &host, request, wanted, record);
-        match &pass.held {
-            None => forwarded.await,
-            Some(held) => tokio::select! {
-                biased;
-                forwarded = forwarded => forwarded,
-                () = poll_fn(|cx| held.poll_cut(cx)) => Err(Error::GateClosed),
-            },
+        tokio::select! {
+            biased;
+            forwarded = forwarded => forwarded,
+            () = poll_fn(|cx| pass.held.poll_cut(cx)) => Err(Error::GateClosed),
         }
     }
 

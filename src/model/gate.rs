@@ -35,7 +35,7 @@ pub struct Gate {
     /// Logins at identity providers.
     pub oidc: Option<Oidc>,
     /// Tokens of programs.
-    pub service_tokens: Vec<ServiceToken>,
+    pub service_tokens: Option<Vec<ServiceToken>>,
     /// Certificates that visitors show (type tls).
     pub client_certificates: Option<ClientCertificates>,
     /// What is different below a path.
@@ -255,7 +255,7 @@ impl Gate {
             ip: part(f, "ip", |f| IpRules { allow: f.take("allow", Vec::new()), deny: f.take("deny", Vec::new()) }),
             basic: part(f, "basic", Basic::read),
             oidc: part(f, "oidc", Oidc::read),
-            service_tokens: tables(f, "service_tokens", ITEMS_MAX, ServiceToken::read),
+            service_tokens: f.has_value("service_tokens").then(|| tables(f, "service_tokens", ITEMS_MAX, ServiceToken::read)),
             client_certificates: part(f, "client_certificates", ClientCertificates::read),
             rules: tables(f, "rules", RULES_MAX, PathRule::read),
         };
@@ -263,8 +263,12 @@ impl Gate {
         if let Some(ip) = &gate.ip {
             bounded(f, "ip", ip.allow.len() + ip.deny.len());
         }
-        twice(f, "service_tokens", gate.service_tokens.iter().map(|token| token.name.as_str()));
+        twice(f, "service_tokens", gate.tokens().iter().map(|token| token.name.as_str()));
         twice(f, "rules", gate.rules.iter().map(|rule| rule.path.as_str()));
+        if !gate.rules.is_empty() && !gate.asks_identity() {
+            let fix = "add basic, oidc or service_tokens, or leave rules out";
+            f.mistake("rules", "change what is asked for, and nothing is".into(), fix.into());
+        }
         gate
     }
 
@@ -283,11 +287,11 @@ impl Gate {
                 "pass_authorization": basic.pass_authorization,
             })),
             "oidc": self.oidc.as_ref().map(Oidc::to_value),
-            "service_tokens": self.service_tokens.iter().map(|token| json!({
+            "service_tokens": self.service_tokens.as_ref().map(|tokens| tokens.iter().map(|token| json!({
                 "name": token.name,
                 "token_hash": token.hash.to_string(),
                 "expires": token.expires.map(|at| at.to_string()),
-            })).collect::<Vec<_>>(),
+            })).collect::<Vec<_>>()),
             "client_certificates": self.client_certificates.as_ref().map(|asked| json!({
                 "ca_pem": asked.ca_pem,
                 "allow_subjects": asked.allow_subjects,
@@ -300,7 +304,12 @@ impl Gate {
 
     /// Whether a visitor must say who they are (by HTTP).
     pub fn asks_identity(&self) -> bool {
-        self.basic.is_some() || self.oidc.is_some() || !self.service_tokens.is_empty()
+        self.basic.is_some() || self.oidc.is_some() || self.service_tokens.is_some()
+    }
+
+    /// The tokens of programs, if there are any.
+    pub fn tokens(&self) -> &[ServiceToken] {
+        self.service_tokens.as_deref().unwrap_or_default()
     }
 }
 

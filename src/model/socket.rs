@@ -261,7 +261,7 @@ fn gate_fits(gate: &Gate, kind: SocketType, f: &Fields) {
     let parts = [
         ("basic", gate.basic.is_some(), http),
         ("oidc", gate.oidc.is_some(), http),
-        ("service_tokens", !gate.service_tokens.is_empty(), http),
+        ("service_tokens", gate.service_tokens.is_some(), http),
         ("rules", !gate.rules.is_empty(), http),
         ("client_certificates", gate.client_certificates.is_some(), kind == SocketType::Tls),
     ];
