@@ -100,6 +100,18 @@ impl Resource for Certificate {
     }
 }
 
+impl Resource for Account {
+    const PATH: &'static str = "/v1/accounts";
+
+    async fn put(self, records: &Records, condition: Condition) -> Result<Written<Self>, RecordError> {
+        records.put_account(self, condition).await
+    }
+
+    async fn delete(id: &Self::Id, records: &Records, condition: Condition, _: bool) -> Result<u64, RecordError> {
+        records.delete_account(id, condition).await
+    }
+}
+
 macro_rules! unclaimed {
     ($($t:ty => $path:literal),*) => {$(
         impl Resource for $t {
@@ -123,7 +135,6 @@ macro_rules! unclaimed {
 unclaimed!(
     TicketKeys => "/v1/ticket-keys",
     Provider => "/v1/providers",
-    Account => "/v1/accounts",
     Keyring => "/v1/keyrings",
     Revocation => "/v1/revocations"
 );

@@ -65,7 +65,7 @@ use crate::routes::{Route, Routes};
 /// A program's token.
 const SERVICE_TOKEN: HeaderName = HeaderName::from_static("adit-service-token");
 /// What paths of ours begin with, on the auth host and on sockets with logins.
-const OURS: &str = "/.adit/";
+pub const OURS: &str = "/.adit/";
 /// Lines of the audit about who was denied, per second.
 const AUDIT_LINES: f64 = 100.0;
 /// Logouts that one provider's address may tell per second.
@@ -429,7 +429,11 @@ impl Gates {
         let preflight = *asked.method == Method::OPTIONS
             && asked.headers.contains_key(ORIGIN)
             && asked.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
-        if preflight && !asked.upgrade && asked.empty && gate.oidc.as_ref().is_some_and(|oidc| oidc.allow_cors_preflight) {
+        if preflight
+            && !asked.upgrade
+            && asked.empty
+            && gate.oidc.as_ref().is_some_and(|oidc| oidc.allow_cors_preflight)
+        {
             return Verdict::Passes(Pass { preflight: true, ..self.pass(asked, route, gate, Who::Nobody, None) });
         }
         let now = Moment::now();
@@ -594,9 +598,9 @@ impl Gates {
         let seals = self.logins.seals()?;
         let place = Place { host: asked.host, socket: socket.as_str() };
         // A sibling's cookie may stand before ours: the first that opens counts.
-        cookies::values(asked.headers, cookies::SESSION).take(8).find_map(|sealed| {
-            self.opened.session(&seals, place, sealed, now)
-        })
+        cookies::values(asked.headers, cookies::SESSION)
+            .take(8)
+            .find_map(|sealed| self.opened.session(&seals, place, sealed, now))
     }
 
     fn seal_session(

@@ -39,7 +39,13 @@ impl std::fmt::Debug for Kept {
 
 impl Opened {
     /// The login that is sealed in a cookie of `place`.
-    pub(super) fn session(&self, seals: &Arc<Seals>, place: Place<'_>, sealed: &str, now: Moment) -> Option<Arc<Session>> {
+    pub(super) fn session(
+        &self,
+        seals: &Arc<Seals>,
+        place: Place<'_>,
+        sealed: &str,
+        now: Moment,
+    ) -> Option<Arc<Session>> {
         // Keyed at random, so that nobody can make two cookies meet.
         let at = self.hasher.hash_one((sealed, place.host, place.socket));
         if let Some(kept) = self.kept.get(&at)

@@ -169,6 +169,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_leaves_does_not_let_the_next_one_in_before_the_work_is_done() {
+        let passwords = passwords();
+        let hash = password::hash("right").unwrap();
+        let check = passwords.check("s", IP.parse().unwrap(), "ann", "wrong", Ok(&hash));
+        // Long enough to begin, and gone at once.
+        let left = tokio::select! {
+            biased;
+            checked = check => Some(checked),
+            () = tokio::task::yield_now() => None,
+        };
+        assert_eq!(left, None);
+        assert!(passwords.turn.try_lock().is_err(), "nobody else's turn yet");
+        let next = tokio::time::timeout(Duration::from_secs(10), passwords.turn.lock()).await;
+        drop(next.expect("their turn comes"));
+        assert_eq!(passwords.waiting.available_permits(), WAITING_MAX);
+    }
+
+    #[tokio::test]
     async fn a_flood_of_wrong_passwords_is_not_even_looked_at() {
         let passwords = passwords();
         let (ip, hash) = (IP.parse().unwrap(), password::hash("right").unwrap());

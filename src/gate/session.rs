@@ -72,14 +72,19 @@ mod text {
     pub(super) mod option {
         use super::*;
 
-        pub(in super::super) fn serialize<S: Serializer>(value: &Option<impl Display>, to: S) -> Result<S::Ok, S::Error> {
+        pub(in super::super) fn serialize<S: Serializer>(
+            value: &Option<impl Display>,
+            to: S,
+        ) -> Result<S::Ok, S::Error> {
             match value {
                 Some(value) => to.collect_str(value),
                 None => to.serialize_none(),
             }
         }
 
-        pub(in super::super) fn deserialize<'de, T: FromStr, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
+        pub(in super::super) fn deserialize<'de, T: FromStr, D: Deserializer<'de>>(
+            from: D,
+        ) -> Result<Option<T>, D::Error> {
             super::deserialize(from).map(Some)
         }
     }

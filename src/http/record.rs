@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::pulse::Pulse;
 use crate::dial::Way;
 use crate::error::Error;
+use crate::gate;
 use crate::limits::Permit;
 use crate::metrics::Present;
 use crate::model::{TunnelId, Visitor};
@@ -212,6 +213,14 @@ impl Record {
     }
 }
 
+/// A target as logs have it: without the codes and steps of a login.
+fn told(uri: &Uri) -> &str {
+    match uri.path_and_query() {
+        Some(target) if target.path().starts_with(gate::OURS) => target.path(),
+        target => target.map_or("", |target| target.as_str()),
+    }
+}
+
 impl Drop for Record {
     fn drop(&mut self) {
         self.pulse.end();
@@ -230,7 +239,7 @@ impl Drop for Record {
                 what: What::Request {
                     method: self.method.as_str().to_owned(),
                     host: std::mem::take(&mut self.host),
-                    path: self.uri.path_and_query().map_or_else(String::new, |p| p.as_str().to_owned()),
+                    path: told(&self.uri).to_owned(),
                 },
                 status: self.status,
                 bytes_up: tally.up.load(Ordering::Relaxed),

@@ -255,7 +255,8 @@ impl Gate {
             ip: part(f, "ip", |f| IpRules { allow: f.take("allow", Vec::new()), deny: f.take("deny", Vec::new()) }),
             basic: part(f, "basic", Basic::read),
             oidc: part(f, "oidc", Oidc::read),
-            service_tokens: f.has_value("service_tokens").then(|| tables(f, "service_tokens", ITEMS_MAX, ServiceToken::read)),
+            service_tokens: present(f, "service_tokens")
+                .then(|| tables(f, "service_tokens", ITEMS_MAX, ServiceToken::read)),
             client_certificates: part(f, "client_certificates", ClientCertificates::read),
             rules: tables(f, "rules", RULES_MAX, PathRule::read),
         };
@@ -490,14 +491,22 @@ impl Asks {
 
 /// Reads the table at `key` where there is one; what nobody took of it is a mistake.
 fn part<T>(f: &mut Fields, key: &str, read: impl FnOnce(&mut Fields) -> T) -> Option<T> {
-    if !f.has_value(key) {
-        let _none: Option<Value> = f.optional(key);
+    if !present(f, key) {
         return None;
     }
     let mut fields = f.section(key);
     let part = read(&mut fields);
     fields.refuse_rest();
     Some(part)
+}
+
+/// Whether a key has a value; null is none, and no mistake.
+fn present(f: &mut Fields, key: &str) -> bool {
+    let there = f.has_value(key);
+    if !there {
+        let _none: Option<Value> = f.optional(key);
+    }
+    there
 }
 
 /// Reads a list of tables.

@@ -19,7 +19,7 @@ pub async fn node() -> Node {
     node_with(NodeOpts::default()).await
 }
 
-async fn node_with(opts: NodeOpts) -> Node {
+pub async fn node_with(opts: NodeOpts) -> Node {
     Node::with(opts.set("gate", "host = \"auth.edge.localhost\"")).await
 }
 
@@ -99,7 +99,8 @@ fn last(hops: &[Answer]) -> &Answer {
     hops.last().unwrap()
 }
 
-fn title(answer: &Answer) -> String {
+/// What the page says it is.
+pub fn title(answer: &Answer) -> String {
     let text = answer.text();
     text.split("<h1>").nth(1).and_then(|rest| rest.split("</h1>").next()).unwrap_or_default().to_owned()
 }

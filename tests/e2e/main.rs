@@ -16,6 +16,7 @@ mod cli;
 mod clients;
 mod conformance;
 mod faults;
+mod gate_attacks;
 mod gate_browser;
 mod gate_certificates;
 mod gate_logins;

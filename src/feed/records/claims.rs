@@ -1,5 +1,5 @@
 //! Claims as keys: `cfg/host/<name>`, `cfg/port/<port>`,
-//! `cfg/relay/<user>/<port>`, each with who holds it; and the index
+//! `cfg/relay/<user>/<port>`, `cfg/email/<address>`, each with who holds it; and the index
 //! `cfg/of/<socket>/<tunnel>` of the tunnels that name a socket. Pure.
 
 use aws_lc_rs::digest;
@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::error::mistake;
 use crate::feed::Entry;
 use crate::fields::Mistake;
-use crate::model::{Socket, SocketId, Tunnel, TunnelId};
+use crate::model::{Account, AccountId, Socket, SocketId, Tunnel, TunnelId};
 
 /// Where claims of ports are kept.
 pub(super) const PORTS: &str = "cfg/port/";
@@ -35,6 +35,11 @@ impl Claim {
         Self { key, field: "relay_port".into(), what: format!("relay port {port} of user \"{}\"", user.escape_debug()) }
     }
 
+    fn email(email: &str) -> Self {
+        let key = format!("cfg/email/{}", escaped(email));
+        Self { key, field: "email".into(), what: "this address".into() }
+    }
+
     fn index(socket: &str, tunnel: &str) -> Self {
         let key = format!("{}{tunnel}", index_prefix(socket));
         Self { key, field: "socket".into(), what: format!("tunnel \"{tunnel}\"") }
@@ -44,10 +49,11 @@ impl Claim {
     pub(super) fn taken(&self, entry: &Entry) -> Mistake {
         let value: Value = serde_json::from_str(&entry.value).unwrap_or_default();
         let text = |key: &str| value.get(key).and_then(Value::as_str);
-        let by = match (text("sock"), text("tun")) {
-            (Some(id), _) => format!(" by socket \"{id}\""),
-            (None, Some(id)) => format!(" by tunnel \"{id}\""),
-            (None, None) => String::new(),
+        let by = match (text("sock"), text("tun"), text("acct")) {
+            (Some(id), _, _) => format!(" by socket \"{id}\""),
+            (None, Some(id), _) => format!(" by tunnel \"{id}\""),
+            (None, None, Some(id)) => format!(" by account \"{id}\""),
+            (None, None, None) => String::new(),
         };
         mistake(
             self.field.as_str(),
@@ -61,6 +67,7 @@ impl Claim {
 pub(super) enum Holder<'a> {
     Socket(&'a SocketId),
     Tunnel(&'a TunnelId),
+    Account(&'a AccountId),
 }
 
 impl Holder<'_> {
@@ -68,6 +75,7 @@ impl Holder<'_> {
         match self {
             Self::Socket(id) => ("sock", id.as_str()),
             Self::Tunnel(id) => ("tun", id.as_str()),
+            Self::Account(id) => ("acct", id.as_str()),
         }
     }
 
@@ -142,6 +150,18 @@ pub(super) fn of_tunnel_record(id: &TunnelId, value: &str) -> Vec<Claim> {
     claims
 }
 
+/// What an account must have for itself: which of two logs in by one address would
+/// be chance.
+pub(super) fn of_account(account: &Account) -> Vec<Claim> {
+    vec![Claim::email(account.email.as_str())]
+}
+
+/// The same of a stored record, as far as it can be read.
+pub(super) fn of_account_record(value: &str) -> Vec<Claim> {
+    let record: Value = serde_json::from_str(value).unwrap_or_default();
+    record.get("email").and_then(Value::as_str).map(Claim::email).into_iter().collect()
+}
+
 fn list<'a>(record: &'a Value, key: &str) -> &'a [Value] {
     record.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
 }
@@ -188,6 +208,11 @@ mod tests {
         (tunnel.user, tunnel.relay_port) = (Some("ü/x".into()), Some(80));
         let stored = Value::Object(tunnel.to_record()).to_string();
         assert_eq!(of_tunnel_record(&tunnel.id, &stored), of_tunnel(&tunnel));
+        let hash = "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaGhhc2hoYXNoaGFzaA";
+        let record = json!({"email": "Ann@Example.com", "password_hash": hash}).as_object().cloned().unwrap();
+        let account = Account::from_record(&"a".parse().unwrap(), record).unwrap();
+        let stored = Value::Object(account.to_record()).to_string();
+        assert_eq!(of_account_record(&stored), of_account(&account));
         assert!(of_socket_record("junk").is_empty() && of_tunnel_record(&tunnel.id, &json!([]).to_string()).is_empty());
     }
 }

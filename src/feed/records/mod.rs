@@ -28,7 +28,7 @@ use self::error::mistake;
 use super::certificate_check::check_certificate;
 use super::{Entry, Expect, Feed, LeaseId, Op, ReadError, Txn, WriteError};
 use crate::fields::Mistake;
-use crate::model::{Certificate, Socket, SocketId, Tunnel, TunnelId};
+use crate::model::{Account, AccountId, Certificate, Socket, SocketId, Tunnel, TunnelId};
 
 /// How often a write that lost a race is tried again. Each try loses only to a
 /// write that succeeded, so this is met by a storm on one name alone.
@@ -114,6 +114,48 @@ impl Records {
     ) -> Result<Written<Certificate>, RecordError> {
         check_certificate(&certificate).map_err(|m| RecordError::Mistakes(vec![m]))?;
         self.put_unclaimed(certificate, condition).await
+    }
+
+    /// Creates or replaces an account, with its address.
+    ///
+    /// # Errors
+    /// `Taken`: another account has the address. See [`RecordError`] for the rest.
+    pub async fn put_account(&self, account: Account, condition: Condition) -> Result<Written<Account>, RecordError> {
+        let key = Account::key(&account.id);
+        for _ in 0..TRIES {
+            let old = self.feed.read(&key).await?;
+            condition.check(old.as_ref().map(|e| e.rev))?;
+            let mut txn = Txn::default();
+            let held = old.as_ref().map(|e| claims::of_account_record(&e.value)).unwrap_or_default();
+            let wanted = claims::of_account(&account);
+            let taken = self.hold(&mut txn, &wanted, &held, &Holder::Account(&account.id), None).await?;
+            if !taken.is_empty() {
+                return Err(RecordError::Taken(taken));
+            }
+            write_record(&mut txn, &account, old.as_ref(), None);
+            if let Outcome::Done(rev) = self.commit(txn).await? {
+                return Ok(Written { record: account, rev, created: old.is_none() });
+            }
+        }
+        Err(RecordError::Contended)
+    }
+
+    /// Deletes an account and its claim. Answers the revision.
+    ///
+    /// # Errors
+    /// See [`RecordError`]; nothing is deleted then.
+    pub async fn delete_account(&self, id: &AccountId, condition: Condition) -> Result<u64, RecordError> {
+        for _ in 0..TRIES {
+            let old = self.existing::<Account>(id, condition).await?;
+            let mut txn = Txn::default();
+            let held = claims::of_account_record(&old.value);
+            self.hold(&mut txn, &[], &held, &Holder::Account(id), None).await?;
+            erase::<Account>(&mut txn, id, &old);
+            if let Outcome::Done(rev) = self.commit(txn).await? {
+                return Ok(rev);
+            }
+        }
+        Err(RecordError::Contended)
     }
 
     /// Creates or replaces a record of a kind that claims nothing.
