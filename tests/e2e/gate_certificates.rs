@@ -21,7 +21,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use crate::harness::*;
 
 /// The name that a node's made-up certificate is for.
-const NAME: &str = "edge.localhost";
+const NAME: &str = "db.edge.localhost";
 const VERSIONS: [&SupportedProtocolVersion; 2] = [&version::TLS12, &version::TLS13];
 /// Within which a changed rule ends what it no longer allows.
 const PROMPT: Duration = Duration::from_secs(1);
@@ -411,7 +411,8 @@ async fn no_earlier_session_stands_in_for_a_certificate() {
     for version in VERSIONS {
         let scene = Scene::new(json!({"type": "tls"})).await;
         // A neighbour with the same certificate, which asks for none.
-        scene.node.put("sockets/open", json!({"type": "tls"})).await;
+        let beside = json!({"type": "tls", "hostnames": ["*.edge.localhost"]});
+        scene.node.put("sockets/open", beside).await;
         scene.node.put("tunnels/open", json!({"socket": "open", "keys": [scene.node.key.line()]})).await;
         let _ssh = Ssh::start(&scene.node, &[&format!("open:80:{}", scene.origin.target())]).await;
         let open = SocketAddr::new(scene.node.ip, scene.node.port_of("open").await);
@@ -719,7 +720,7 @@ async fn the_origin_is_told_whose_certificate_it_was() {
     let _ssh = Ssh::start(&scene.node, &[&format!("told:80:{}", listener.local_addr().unwrap())]).await;
     let to = SocketAddr::new(scene.node.ip, scene.node.port_of("told").await);
     let told = async |who: Option<&Leaf>, version: &'static SupportedProtocolVersion| {
-        let io = tls_connect(to, NAME, Arc::new(scene.config(who, &[version]))).await.unwrap();
+        let io = tls_connect(to, "told.edge.localhost", Arc::new(scene.config(who, &[version]))).await.unwrap();
         let told = header_of(&listener).await;
         drop(io);
         told
@@ -731,7 +732,7 @@ async fn the_origin_is_told_whose_certificate_it_was() {
         let (header, found) = told(Some(&ca.plain("Zoë")), version).await;
         assert_eq!(&header[..14], b"\r\n\r\n\0\r\nQUIT\n\x21\x11");
         assert_eq!(found.iter().map(|(kind, _)| *kind).collect::<Vec<_>>(), [0x02, 0x05, 0x20, 0x03]);
-        assert_eq!(found[0].1, NAME.as_bytes());
+        assert_eq!(found[0].1, b"told.edge.localhost");
         let ssl = &found[2].1;
         // SSL, CERT_CONN and CERT_SESS; verified.
         assert_eq!(ssl[..5], [7, 0, 0, 0, 0]);

@@ -183,15 +183,15 @@ async fn haproxy_takes_what_is_told_of_a_certificate_and_nothing_that_was_change
     let (pem, key) = (dir.path().join("visitor.pem"), dir.path().join("visitor.key"));
     std::fs::write(&pem, visitor.cert.pem()).unwrap();
     std::fs::write(&key, visitor.signing_key.serialize_pem()).unwrap();
-    let url = |port: u16| format!("https://edge.localhost:{port}/");
+    let url = |id: &str, port: u16| format!("https://{id}.edge.localhost:{port}/");
     let shown = ["--cert", pem.to_str().unwrap(), "--key", key.to_str().unwrap()];
-    let told = url(node.port_of("told").await);
+    let told = url("told", node.port_of("told").await);
     let (status, answer) = curl(&node, &[&shown[..], &[&told]].concat()).await;
     let words: Vec<&str> = answer.split(' ').collect();
-    assert_eq!((status, words[0], words[2], words[3].len()), (200, "127.0.0.1", "edge.localhost", 32), "{answer}");
+    assert_eq!((status, words[0], words[2], words[3].len()), (200, "127.0.0.1", "told.edge.localhost", 32), "{answer}");
 
     // The same header again, as it was and with one bit of its certificate's part changed.
-    let seen = url(node.port_of("seen").await);
+    let seen = url("seen", node.port_of("seen").await);
     let mut command = Command::new("curl");
     command.args(["-s", "--max-time", "20", "--noproxy", "*", "--cacert"]).arg(node.ca()).args(shown);
     command.args(["--connect-to", &format!("::{}:", node.ip), &seen]);

@@ -74,7 +74,7 @@ async fn raw_of(node: &Node, kind: &str) -> (Ssh, Origin, Raw) {
         }
         _ => {
             let addr = SocketAddr::new(node.ip, node.port_of(kind).await);
-            let tls = (kind == "tls").then(|| ("edge.localhost".to_owned(), std::fs::read(node.ca()).unwrap()));
+            let tls = (kind == "tls").then(|| (name, std::fs::read(node.ca()).unwrap()));
             Raw { addr, tls }
         }
     };
@@ -276,7 +276,7 @@ async fn a_server_that_speaks_first_greets_a_silent_visitor() {
     let (tcp, tls) = (format!("tcp/mail:{}", origin.target()), format!("tls/mails:{}", origin.target()));
     let _ssh = Ssh::start(&node, &[&tcp, &tls]).await;
     let ca = std::fs::read(node.ca()).unwrap();
-    for (socket, tls) in [("mail", None), ("mails", Some(("edge.localhost".to_owned(), ca)))] {
+    for (socket, tls) in [("mail", None), ("mails", Some(("mails.edge.localhost".to_owned(), ca)))] {
         let addr = SocketAddr::new(node.ip, node.port_of(socket).await);
         let mut io = Raw { addr, tls }.ask("").await;
         let mut greeting = [0; 21];
