@@ -28,10 +28,11 @@ use clap::Parser;
 struct Options {
     /// h1, h2, plain; all where none is named.
     workloads: Vec<String>,
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 15)]
     rounds: usize,
-    /// Requests of one round.
-    #[arg(long, default_value_t = 40_000)]
+    /// Requests of one round: short ones, so that what the machine does beside hits
+    /// all alike.
+    #[arg(long, default_value_t = 10_000)]
     requests: usize,
     /// Another adit to compare with.
     #[arg(long)]

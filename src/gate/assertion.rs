@@ -69,8 +69,12 @@ pub(super) fn strip_person(headers: &mut HeaderMap) {
 /// `_` for `-` make no difference, as they make none to origins.
 pub fn strip(headers: &mut HeaderMap, gated: bool) {
     let begins = |name: &str, with: &str| {
-        let same = |(a, b): (u8, u8)| a == b || (a == b'_' && b == b'-');
-        name.len() >= with.len() && name.bytes().zip(with.bytes()).all(same)
+        let same = |a: u8, b: u8| a == b || (a == b'_' && b == b'-');
+        let (Some(start), Some(last)) = (name.as_bytes().get(..with.len()), with.as_bytes().last()) else {
+            return false;
+        };
+        // The last one first: it tells most of them apart.
+        start.last().is_some_and(|end| same(*end, *last)) && start.iter().zip(with.bytes()).all(|(a, b)| same(*a, b))
     };
     let fake = |name: &&HeaderName| {
         let name = name.as_str();

@@ -1,7 +1,10 @@
 //! Cookies as the gate needs them: its own are found, and taken out of what goes on
 //! to the origin, byte for byte the others; an origin cannot set one of ours. Pure.
 
+use std::sync::LazyLock;
+
 use hyper::header::{COOKIE, HeaderMap, HeaderValue, SET_COOKIE};
+use memchr::memmem;
 
 /// What all cookies of ours begin with. `__Host-` binds them to one host and to
 /// https (RFC 6265bis §4.1.3.2).
@@ -36,8 +39,9 @@ fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
 
 /// Takes our cookies out of a request.
 pub(super) fn strip(headers: &mut HeaderMap) {
-    let has = |line: &HeaderValue| find(line.as_bytes(), OURS.as_bytes());
-    if !headers.get_all(COOKIE).iter().any(has) {
+    static FINDER: LazyLock<memmem::Finder<'_>> = LazyLock::new(|| memmem::Finder::new(OURS));
+    let mut lines = headers.get_all(COOKIE).iter();
+    if !lines.any(|line| FINDER.find(line.as_bytes()).is_some()) {
         return;
     }
     let lines: Vec<HeaderValue> = headers.get_all(COOKIE).iter().cloned().collect();
@@ -89,10 +93,6 @@ fn name_of(pair: &[u8]) -> &[u8] {
     let pair = pair.strip_prefix(b"=").unwrap_or(pair).trim_ascii_start();
     let end = pair.iter().position(|b| matches!(b, b'=' | b';')).unwrap_or(pair.len());
     pair.get(..end).unwrap_or_default().trim_ascii_end()
-}
-
-fn find(haystack: &[u8], needle: &[u8]) -> bool {
-    memchr::memmem::find(haystack, needle).is_some()
 }
 
 /// A line that sets a cookie of ours, for so many seconds.

@@ -562,8 +562,8 @@ impl Gates {
             return refused(Error::Forbidden);
         }
         // Not into what other pages ask for: it may be kept where it should not.
-        let own = asked.navigates() || (!asked.upgrade && asked.header("sec-fetch-site") == Some("same-origin"));
-        let reseal = (session.wants_reseal(oidc, now) && own)
+        let own = || asked.navigates() || (!asked.upgrade && asked.header("sec-fetch-site") == Some("same-origin"));
+        let reseal = (session.wants_reseal(oidc, now) && own())
             .then(|| self.seal_session(asked.host, socket, &Session { seen: now.0, ..(*session).clone() }, gate, now))
             .flatten();
         Verdict::Passes(self.pass(asked, route, gate, Who::Session(session), reseal))

@@ -516,12 +516,12 @@ impl TwoClocks {
     }
 
     /// What comes next goes to the node that is behind.
-    fn to_the_late_one(&mut self) -> &mut Browser {
+    fn at_the_late_one(&mut self) -> &mut Browser {
         self.at.store(1, Ordering::Relaxed);
         &mut self.browser
     }
 
-    fn to_the_right_one(&mut self) -> &mut Browser {
+    fn at_the_right_one(&mut self) -> &mut Browser {
         self.at.store(0, Ordering::Relaxed);
         &mut self.browser
     }
@@ -544,29 +544,29 @@ fn lasting(absolute: &str, idle: &str) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn gate_a_login_ends_when_its_time_is_over() {
     let mut nodes = TwoClocks::new(3700, lasting("1h", "1h")).await;
-    log_in(nodes.to_the_late_one()).await;
+    log_in(nodes.at_the_late_one()).await;
     assert_eq!(nodes.browser.get(&format!("{WEB}/")).await.status, 200);
-    assert_eq!(nodes.to_the_right_one().get(&format!("{WEB}/")).await.status, 302);
+    assert_eq!(nodes.at_the_right_one().get(&format!("{WEB}/")).await.status, 302);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gate_a_login_that_is_not_used_ends_earlier() {
     let mut nodes = TwoClocks::new(700, lasting("12h", "10m")).await;
-    log_in(nodes.to_the_late_one()).await;
-    assert_eq!(nodes.to_the_right_one().get(&format!("{WEB}/")).await.status, 302);
+    log_in(nodes.at_the_late_one()).await;
+    assert_eq!(nodes.at_the_right_one().get(&format!("{WEB}/")).await.status, 302);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gate_a_login_that_is_used_is_made_longer() {
     let mut nodes = TwoClocks::new(400, lasting("12h", "10m")).await;
-    log_in(nodes.to_the_late_one()).await;
+    log_in(nodes.at_the_late_one()).await;
     let before = cookie_of(&nodes.browser);
-    assert_eq!(nodes.to_the_right_one().get(&format!("{WEB}/")).await.status, 200);
+    assert_eq!(nodes.at_the_right_one().get(&format!("{WEB}/")).await.status, 200);
     assert_ne!(cookie_of(&nodes.browser), before);
     // What other sites' pages ask for makes nothing longer.
     let mut nodes = TwoClocks::new(400, lasting("12h", "10m")).await;
-    log_in(nodes.to_the_late_one()).await;
-    nodes.to_the_right_one();
+    log_in(nodes.at_the_late_one()).await;
+    nodes.at_the_right_one();
     let cookie = format!("{SESSION}={}", cookie_of(&nodes.browser));
     let mut program = nodes.now.program();
     for (site, longer) in [("cross-site", false), ("same-site", false), ("same-origin", true)] {
@@ -579,23 +579,23 @@ async fn gate_a_login_that_is_used_is_made_longer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn gate_a_clock_that_is_a_little_late_keeps_nobody_out() {
     let mut nodes = TwoClocks::new(40, allowing(&[ANN])).await;
-    log_in(nodes.to_the_right_one()).await;
-    assert_eq!(nodes.to_the_late_one().get(&format!("{WEB}/")).await.status, 200);
+    log_in(nodes.at_the_right_one()).await;
+    assert_eq!(nodes.at_the_late_one().get(&format!("{WEB}/")).await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gate_a_login_from_the_future_is_none() {
     let mut nodes = TwoClocks::new(300, allowing(&[ANN])).await;
-    log_in(nodes.to_the_right_one()).await;
-    assert_eq!(nodes.to_the_late_one().get(&format!("{WEB}/")).await.status, 302);
+    log_in(nodes.at_the_right_one()).await;
+    assert_eq!(nodes.at_the_late_one().get(&format!("{WEB}/")).await.status, 302);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gate_a_logout_at_a_node_whose_clock_is_late_ends_the_login() {
     let mut nodes = TwoClocks::new(40, allowing(&[ANN])).await;
-    log_in(nodes.to_the_right_one()).await;
+    log_in(nodes.at_the_right_one()).await;
     let kept = cookie_of(&nodes.browser);
-    let browser = nodes.to_the_late_one();
+    let browser = nodes.at_the_late_one();
     let page = browser.get(&format!("{WEB}/.adit/logout")).await;
     let out = browser.submit(&page, &page.form().with("where", "everywhere")).await;
     assert_eq!(out.status, 303, "{}", out.text());
@@ -609,15 +609,15 @@ async fn gate_a_logout_at_a_node_whose_clock_is_late_ends_the_login() {
         record.as_object_mut().unwrap().remove("id");
         nodes.now.node.put(&format!("revocations/{id}"), record).await;
     }
-    nodes.to_the_right_one();
+    nodes.at_the_right_one();
     assert_eq!(nodes.browser.get(&format!("{WEB}/")).await.status, 302);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gate_a_form_that_lay_too_long_says_so() {
     let mut nodes = TwoClocks::new(720, allowing(&[ANN])).await;
-    let page = asked_for_password(nodes.to_the_late_one()).await;
-    let answer = enters(nodes.to_the_right_one(), &page).await;
+    let page = asked_for_password(nodes.at_the_late_one()).await;
+    let answer = enters(nodes.at_the_right_one(), &page).await;
     assert_eq!(answer.status, 400);
     assert!(answer.text().contains("It took too long."), "{}", answer.text());
 }
@@ -625,8 +625,8 @@ async fn gate_a_form_that_lay_too_long_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn gate_a_hand_over_that_lay_too_long_is_not_taken() {
     let mut nodes = TwoClocks::new(150, allowing(&[ANN])).await;
-    let finish = handed_over(nodes.to_the_late_one()).await;
-    let answer = nodes.to_the_right_one().get(&finish).await;
+    let finish = handed_over(nodes.at_the_late_one()).await;
+    let answer = nodes.at_the_right_one().get(&finish).await;
     assert_eq!(answer.status, 400);
     assert!(answer.text().contains("It took too long."), "{}", answer.text());
     assert!(is_out(&nodes.browser));
@@ -646,7 +646,7 @@ async fn is_denied_by(rules: Value) {
     let mut browser = place.browser();
     let page = asked_for_password(&mut browser).await;
     let answer = enters(&mut browser, &page).await;
-    assert_eq!((answer.status, title(&answer)), (403, format!("You may not visit {HOST}").into()), "{rules}");
+    assert_eq!((answer.status, title(&answer)), (403, format!("You may not visit {HOST}")), "{rules}");
     assert!(answer.text().contains(ANN) && is_out(&browser));
 }
 
