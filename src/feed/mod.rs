@@ -4,7 +4,10 @@
 //! `Reset`, a lost engine is `Stale`.
 
 pub mod certificate_check;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 pub mod follower;
+mod prefixes;
 pub mod records;
 pub mod store;
 

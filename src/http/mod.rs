@@ -48,7 +48,7 @@ use self::page::Template;
 use self::pulse::{Pulse, Then};
 use self::record::{Record, Tally};
 use crate::dial::Dial;
-use crate::error::Error;
+use crate::error::{Chain, Error};
 use crate::gate::Gates;
 use crate::metrics::Present;
 use crate::model::{HostName, Visitor};
@@ -359,20 +359,5 @@ where
                 () = tally.stall(body_idle) => {}
             }
         });
-    }
-}
-
-/// An error with its causes, in one line.
-struct Chain<'a>(&'a (dyn std::error::Error + 'static));
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
     }
 }

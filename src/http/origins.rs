@@ -20,12 +20,12 @@ use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
+use super::Connection;
 use super::body::Upload;
 use super::headers::KEEP_ALIVE;
 use super::io::OriginIo;
 use super::settings::HttpSettings;
-use super::{Chain, Connection};
-use crate::error::Error;
+use crate::error::{Chain, Error};
 use crate::limits::Permit;
 use crate::metrics::Present;
 use crate::stream::Stream;

@@ -30,8 +30,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::disk::Disk;
-use self::state::{Prefixes, State};
+use self::state::State;
 use self::writer::{Job, Writer};
+use super::prefixes::Prefixes;
 use super::{Cursor, Entry, Feed, Lease, LeaseId, Op, ReadError, Subscription, Txn, WriteError};
 use crate::fields::{Bytes, Fields};
 

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 
+use crate::feed::prefixes::Prefixes;
 use crate::feed::{Change, Cursor, Entry, Epoch, LeaseId};
 
 /// The value of a key.
@@ -57,31 +58,6 @@ pub(super) enum Next {
     Reset(Cursor, Vec<Raw>),
     /// The revisions after its place, up to and including the last one given.
     Revisions(Vec<Arc<Revision>>),
-}
-
-/// The prefixes of a subscription, none of which covers another.
-pub(super) struct Prefixes(Vec<String>);
-
-impl Prefixes {
-    pub(super) fn new(prefixes: &[&str]) -> Self {
-        let mut sorted: Vec<String> = prefixes.iter().map(|p| (*p).to_owned()).collect();
-        sorted.sort();
-        let mut kept: Vec<String> = Vec::new();
-        for prefix in sorted {
-            if !kept.last().is_some_and(|k| prefix.starts_with(k.as_str())) {
-                kept.push(prefix);
-            }
-        }
-        Self(kept)
-    }
-
-    pub(super) fn cover(&self, change: &Change) -> bool {
-        let key = match change {
-            Change::Put(entry) => &entry.key,
-            Change::Delete { key, .. } => key,
-        };
-        self.0.iter().any(|p| key.starts_with(p.as_str()))
-    }
 }
 
 /// Everything at one revision.
@@ -146,7 +122,7 @@ impl State {
                 Next::Revisions(self.history.range(start..).take(limit).cloned().collect())
             }
             _ => {
-                let state = prefixes.0.iter().flat_map(|p| self.page(p, "", usize::MAX).1).collect();
+                let state = prefixes.iter().flat_map(|p| self.page(p, "", usize::MAX).1).collect();
                 Next::Reset(self.cursor(), state)
             }
         }

@@ -8,7 +8,8 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use super::Shared;
-use super::state::{Next, Prefixes};
+use super::state::Next;
+use crate::feed::prefixes::Prefixes;
 use crate::feed::{Cursor, Event};
 
 /// Revisions taken from the history at once: short holds of the lock.

@@ -1,0 +1,361 @@
+//! The feed of a fleet: etcd, as far as its version 3.4 has it. This file is the
+//! door (connect, commit, read, lease); `subscription` follows its changes. Needs
+//! the cargo feature `etcd`, because its client needs protoc at build time.
+//!
+//! A life of the data is a cluster's id: restore a backup with another
+//! `--initial-cluster-token`, so that nodes see that time went back.
+
+mod subscription;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{
+    Certificate, Client, Compare, CompareOp, ConnectOptions, Error, GetOptions, GetResponse, Identity, KeyValue,
+    PutOptions, ResponseHeader, TlsOptions, TxnOp, TxnOpResponse,
+};
+use futures_util::future::BoxFuture;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+
+use super::prefixes::Prefixes;
+use super::{Cursor, Entry, Epoch, Expect, Feed, Lease, LeaseId, Op, ReadError, Subscription, Txn, WriteError};
+use crate::error::Chain;
+
+/// Entries of one page of a snapshot. Each page makes etcd count all that follows,
+/// so small ones cost its square: 5,000 took twice as long as 20,000, 1,000 six
+/// times.
+const PAGE: i64 = 20_000;
+/// Largest message that is taken, in bytes: a lease's end deletes all of its keys in
+/// one message.
+const MESSAGE_MAX: usize = 64 << 20;
+/// How often a silent connection is asked whether it lives. etcd cuts who asks more
+/// often than every 5 s (`--grpc-keepalive-min-time`).
+const KEEP_ALIVE: Duration = Duration::from_secs(6);
+/// How long it may take to answer that.
+const KEEP_ALIVE_WAIT: Duration = Duration::from_secs(3);
+/// Events that wait for one subscriber in memory; beyond, they wait at etcd.
+const SUBSCRIBER_EVENTS: usize = 64;
+/// Times that a snapshot is begun again because its revision was compacted.
+const TRIES: usize = 3;
+
+/// How the engine is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EtcdSettings {
+    /// `https://host:2379`, of every member.
+    pub endpoints: Vec<String>,
+    /// What all keys begin with; two fleets in one cluster need two.
+    pub prefix: String,
+    /// The CA of the members' certificates (PEM). None: those of the web.
+    pub ca: Option<PathBuf>,
+    /// This node's certificate and key (PEM): its common name is who it is to etcd.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// How long one call may take.
+    pub deadline: Duration,
+}
+
+/// A connection to etcd.
+pub struct Etcd {
+    client: Client,
+    root: String,
+    deadline: Duration,
+}
+
+impl Etcd {
+    /// Reads certificates and makes the client; nothing waits for the engine.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or an endpoint that is none.
+    pub async fn connect(settings: &EtcdSettings) -> Result<Arc<Self>, String> {
+        let read = async |path: &PathBuf| {
+            tokio::fs::read(path).await.map_err(|e| format!("{} cannot be read: {e}", path.display()))
+        };
+        let mut tls = TlsOptions::new();
+        if let Some(ca) = &settings.ca {
+            tls = tls.ca_certificate(Certificate::from_pem(read(ca).await?));
+        }
+        if let Some((chain, key)) = &settings.identity {
+            tls = tls.identity(Identity::from_pem(read(chain).await?, read(key).await?));
+        }
+        let mut options = ConnectOptions::new()
+            .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE_WAIT)
+            .with_keep_alive_while_idle(true)
+            .with_connect_timeout(settings.deadline)
+            // A member that lost the others would tell nothing, and nobody would know.
+            .with_require_leader(true);
+        if settings.endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {
+            options = options.with_tls(tls);
+        }
+        let client = Client::connect(&settings.endpoints, Some(options)).await.map_err(|e| format!("etcd: {e}"))?;
+        Ok(Arc::new(Self { client, root: settings.prefix.clone(), deadline: settings.deadline }))
+    }
+
+    fn full(&self, key: &str) -> String {
+        format!("{}{key}", self.root)
+    }
+
+    /// A key's entry, as the trait has it; none: no text, which no writer of ours makes.
+    fn entry(&self, kv: &KeyValue) -> Option<Entry> {
+        let key = kv.key_str().ok()?.strip_prefix(&self.root)?.to_owned();
+        Some(Entry { key, value: kv.value_str().ok()?.into(), rev: unsigned(kv.mod_revision()) })
+    }
+
+    async fn get(&self, key: Vec<u8>, options: GetOptions) -> Result<GetResponse, ReadError> {
+        let mut kv = self.client.kv_client().max_decoding_message_size(MESSAGE_MAX);
+        match tokio::time::timeout(self.deadline, kv.get(key, Some(options))).await {
+            Ok(answer) => answer.map_err(|error| ReadError(text(&error))),
+            Err(_) => Err(ReadError(format!("no answer within {:?}", self.deadline))),
+        }
+    }
+
+    /// Everything under the prefixes, sorted, as of one revision.
+    async fn snapshot(&self, prefixes: &Prefixes) -> Result<(Cursor, Vec<Entry>), ReadError> {
+        let mut tries = 0;
+        loop {
+            match self.try_snapshot(prefixes).await {
+                // The history moved on under it.
+                Err(error) if tries < TRIES && error.0.contains("compacted") => tries += 1,
+                done => return done,
+            }
+        }
+    }
+
+    async fn try_snapshot(&self, prefixes: &Prefixes) -> Result<(Cursor, Vec<Entry>), ReadError> {
+        let mut at: Option<Cursor> = None;
+        let mut entries = Vec::new();
+        for prefix in prefixes.iter() {
+            let prefix = self.full(prefix);
+            let (mut from, end) = (prefix.clone().into_bytes(), end_of(&prefix));
+            loop {
+                let pinned = at.as_ref().map_or(0, |at| signed(at.rev));
+                let options = GetOptions::new().with_range(end.clone()).with_limit(PAGE).with_revision(pinned);
+                let page = self.get(from, options).await?;
+                if at.is_none() {
+                    at = Some(cursor(page.header())?);
+                }
+                entries.extend(page.kvs().iter().filter_map(|kv| self.entry(kv)));
+                let Some(last) = page.kvs().last().filter(|_| page.more()) else { break };
+                from = after(last.key());
+            }
+        }
+        let at = match at {
+            Some(at) => at,
+            None => self.head().await?,
+        };
+        Ok((at, entries))
+    }
+
+    /// The newest revision.
+    async fn head(&self) -> Result<Cursor, ReadError> {
+        let nothing = GetOptions::new().with_limit(1).with_keys_only();
+        cursor(self.get(self.full("").into_bytes(), nothing).await?.header())
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<u64, WriteError> {
+        let compares = txn.expect.iter().map(|(key, expect)| {
+            let key = self.full(key);
+            match expect {
+                Expect::Absent => Compare::version(key, CompareOp::Equal, 0),
+                Expect::Present => Compare::version(key, CompareOp::Greater, 0),
+                Expect::Rev(rev) => Compare::mod_revision(key, CompareOp::Equal, signed(*rev)),
+            }
+        });
+        let ops = txn.ops.into_iter().map(|op| match op {
+            Op::Put { key, value, lease } => {
+                let lease = lease.map(|lease| PutOptions::new().with_lease(lease.0.cast_signed()));
+                TxnOp::put(self.full(&key), value, lease)
+            }
+            Op::Delete { key } => TxnOp::delete(self.full(&key), None),
+        });
+        // Which guard it was is asked in the same breath.
+        let held =
+            txn.expect.iter().map(|(key, _)| TxnOp::get(self.full(key), Some(GetOptions::new().with_keys_only())));
+        let request = etcd_client::Txn::new()
+            .when(compares.collect::<Vec<_>>())
+            .and_then(ops.collect::<Vec<_>>())
+            .or_else(held.collect::<Vec<_>>());
+        let mut kv = self.client.kv_client();
+        let answer = tokio::time::timeout(self.deadline, kv.txn(request)).await;
+        let answer = answer.map_err(|_| WriteError::Unknown(format!("no answer within {:?}", self.deadline)))?;
+        let answer = answer.map_err(|error| written(&error))?;
+        if answer.succeeded() {
+            return answer
+                .header()
+                .map(|header| unsigned(header.revision()))
+                .ok_or_else(|| WriteError::Unknown("an answer without its revision".into()));
+        }
+        let revs = answer.op_responses().into_iter().map(|response| match response {
+            TxnOpResponse::Get(get) => get.kvs().first().map(|kv| unsigned(kv.mod_revision())),
+            _ => None,
+        });
+        let broken = txn.expect.into_iter().zip(revs).find(|((_, expect), rev)| match expect {
+            Expect::Absent => rev.is_some(),
+            Expect::Present => rev.is_none(),
+            Expect::Rev(expected) => *rev != Some(*expected),
+        });
+        Err(match broken {
+            Some(((key, _), rev)) => WriteError::Conflict { key, rev },
+            None => WriteError::Unavailable("etcd refused the guards, and they hold".into()),
+        })
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<Lease, WriteError> {
+        let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
+        let mut leases = self.client.lease_client();
+        let granted = tokio::time::timeout(self.deadline, leases.grant(seconds, None)).await;
+        let granted = granted.map_err(|_| WriteError::Unavailable(format!("no lease within {:?}", self.deadline)))?;
+        let granted = granted.map_err(|error| written(&error))?;
+        let (id, dropped) = (granted.id(), CancellationToken::new());
+        let ttl = Duration::from_secs(granted.ttl().unsigned_abs().max(1));
+        tokio::spawn(keep(self.client.clone(), id, ttl, dropped.clone()));
+        Ok(Lease { id: LeaseId(id.cast_unsigned()), revoke: Some(Box::new(move || dropped.cancel())) })
+    }
+}
+
+impl Feed for Etcd {
+    fn subscribe(&self, prefixes: &[&str], from: Option<Cursor>) -> Subscription {
+        let (tell, events) = mpsc::channel(SUBSCRIBER_EVENTS);
+        let feed = Self { client: self.client.clone(), root: self.root.clone(), deadline: self.deadline };
+        tokio::spawn(subscription::run(feed, Prefixes::new(prefixes), from, tell));
+        Subscription { events }
+    }
+
+    fn commit(&self, txn: Txn) -> BoxFuture<'_, Result<u64, WriteError>> {
+        Box::pin(self.txn(txn))
+    }
+
+    fn read<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>, ReadError>> {
+        Box::pin(async move {
+            let found = self.get(self.full(key).into_bytes(), GetOptions::new()).await?;
+            Ok(found.kvs().first().and_then(|kv| self.entry(kv)))
+        })
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Cursor, Vec<Entry>), ReadError>> {
+        Box::pin(async move { self.snapshot(&Prefixes::new(&[prefix])).await })
+    }
+
+    fn page<'a>(
+        &'a self,
+        prefix: &'a str,
+        after_key: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<(Cursor, Vec<Entry>), ReadError>> {
+        Box::pin(async move {
+            let full = self.full(prefix);
+            let from = if after_key > prefix { after(self.full(after_key).as_bytes()) } else { full.clone().into() };
+            let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+            let page = self.get(from, GetOptions::new().with_range(end_of(&full)).with_limit(limit)).await?;
+            Ok((cursor(page.header())?, page.kvs().iter().filter_map(|kv| self.entry(kv)).collect()))
+        })
+    }
+
+    fn lease(&self, ttl: Duration) -> BoxFuture<'_, Result<Lease, WriteError>> {
+        Box::pin(self.grant(ttl))
+    }
+}
+
+/// Keeps a lease alive until it is dropped, then revokes it.
+async fn keep(client: Client, id: i64, ttl: Duration, dropped: CancellationToken) {
+    let renewing = async {
+        loop {
+            if let Err(error) = renew(&client, id, ttl).await {
+                tracing::warn!(lease = id, error = text(&error), "a lease could not be renewed");
+            }
+            // Until it is gone for good, and its holder notices at the next write.
+            tokio::time::sleep(ttl / 6).await;
+        }
+    };
+    tokio::select! {
+        () = dropped.cancelled() => {}
+        () = renewing => {}
+    }
+    // Gone by itself after `ttl`: tried for as long.
+    let revoked = async {
+        while let Err(error) = client.lease_client().revoke(id).await {
+            if matches!(&error, Error::GRpcStatus(status) if status.code() == Code::NotFound) {
+                return;
+            }
+            tokio::time::sleep(ttl / 6).await;
+        }
+    };
+    let _ = tokio::time::timeout(ttl, revoked).await;
+}
+
+async fn renew(client: &Client, id: i64, ttl: Duration) -> Result<(), Error> {
+    let (mut keeper, mut answers) = client.lease_client().keep_alive(id).await?;
+    loop {
+        tokio::time::sleep(ttl / 3).await;
+        keeper.keep_alive().await?;
+        match tokio::time::timeout(ttl / 3, answers.message()).await {
+            Ok(Ok(Some(alive))) if alive.ttl() > 0 => {}
+            Ok(Ok(_)) => return Err(Error::LeaseKeepAliveError("it is gone".into())),
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Err(Error::LeaseKeepAliveError("no answer".into())),
+        }
+    }
+}
+
+fn cursor(header: Option<&ResponseHeader>) -> Result<Cursor, ReadError> {
+    let header = header.ok_or_else(|| ReadError("an answer without its revision".into()))?;
+    let epoch = Epoch(format!("etcd-{:016x}", header.cluster_id()).into());
+    Ok(Cursor { epoch, rev: unsigned(header.revision()) })
+}
+
+/// etcd's revisions count from 1.
+fn unsigned(rev: i64) -> u64 {
+    u64::try_from(rev).unwrap_or(0)
+}
+
+fn signed(rev: u64) -> i64 {
+    i64::try_from(rev).unwrap_or(i64::MAX)
+}
+
+/// The first key behind one.
+fn after(key: &[u8]) -> Vec<u8> {
+    [key, b"\0"].concat()
+}
+
+/// The first key behind all that begin so; "\0" is etcd's word for none.
+fn end_of(prefix: &str) -> Vec<u8> {
+    let mut end = prefix.as_bytes().to_vec();
+    while let Some(last) = end.pop() {
+        if last < 0xff {
+            end.push(last + 1);
+            return end;
+        }
+    }
+    vec![0]
+}
+
+/// What an error is to who wanted to write.
+fn written(error: &Error) -> WriteError {
+    let Error::GRpcStatus(status) = error else { return WriteError::Unavailable(text(error)) };
+    let why = text(error);
+    match status.code() {
+        Code::PermissionDenied | Code::Unauthenticated => WriteError::Denied(why),
+        Code::NotFound if status.message().contains("lease") => WriteError::LeaseLost,
+        Code::InvalidArgument | Code::FailedPrecondition | Code::ResourceExhausted | Code::OutOfRange => {
+            WriteError::Unavailable(why)
+        }
+        // It was never sent.
+        Code::Unavailable if why.contains("connect error") || why.contains("no leader") => WriteError::Unavailable(why),
+        _ => WriteError::Unknown(why),
+    }
+}
+
+/// An error with what is behind it, without the metadata.
+fn text(error: &Error) -> String {
+    match error {
+        Error::GRpcStatus(status) => match std::error::Error::source(status) {
+            Some(source) => format!("{}: {}", status.message(), Chain(source)),
+            None => status.message().to_owned(),
+        },
+        error => error.to_string(),
+    }
+}
