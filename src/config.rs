@@ -12,6 +12,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use crate::control::ControlSettings;
 use crate::dial::DialSettings;
 use crate::drain::DrainSettings;
+use crate::feed::settings::EtcdSettings;
 use crate::feed::store::StoreSettings;
 use crate::fields::{Fields, Mistake};
 use crate::gate::GateSettings;
@@ -51,6 +52,8 @@ pub struct Config {
     pub ssh: tunnel::SshSettings,
     /// `[store]`: the embedded store.
     pub store: StoreSettings,
+    /// `[etcd]`: the feed of a fleet.
+    pub etcd: EtcdSettings,
     /// `[dial]`: the way to an origin.
     pub dial: DialSettings,
     /// `[drain]`: the stepwise shutdown.
@@ -76,6 +79,7 @@ impl Config {
             tls: section(f, "tls", tls::Settings::read),
             ssh: section(f, "ssh", tunnel::SshSettings::read),
             store: section(f, "store", StoreSettings::read),
+            etcd: section(f, "etcd", EtcdSettings::read),
             dial: section(f, "dial", DialSettings::read),
             drain: section(f, "drain", DrainSettings::read),
             control: section(f, "control", ControlSettings::read),

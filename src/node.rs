@@ -19,10 +19,11 @@ use crate::config::Config;
 use crate::control::{self, ControlSettings, ControlState};
 use crate::dial::Dialer;
 use crate::drain::{DrainSettings, Stages};
-use crate::feed::Feed;
-use crate::feed::follower::Follower;
+use crate::feed::follower::{self, Follower, Following};
 use crate::feed::records::{RecordSettings, Records};
+use crate::feed::settings::EtcdSettings;
 use crate::feed::store::Store;
+use crate::feed::{self, Feed, Subscription};
 use crate::gate::{self, Gates};
 use crate::http::{Http, HttpSettings};
 use crate::ingress::{self, Door, Ingress, Ports, listener};
@@ -117,9 +118,8 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let certificates = Arc::new(Certificates::new(&config.tls).map_err(Failure::Start)?);
     let made = made_up_tls(&config, &state, &certificates)?;
     certificates.reload(&config.tls).map_err(Failure::Start)?;
-    let store =
-        Store::open(&state.file("store.db"), config.store.clone()).map_err(|e| Failure::Start(e.to_string()))?;
-    let feed: Arc<dyn Feed> = Arc::clone(&store) as _;
+    let engine = Engine::open(&config, &state).await?;
+    let feed = engine.feed();
     let routes = Arc::new(Routes::default());
     let knobs = RecordSettings {
         ports: config.ingress.ports,
@@ -129,11 +129,9 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let records = Arc::new(Records::new(Arc::clone(&feed), knobs));
     let logins = Arc::<Logins>::default();
     let shown = Arc::clone(&certificates) as _;
-    let (follower, following) = Follower::new(Arc::clone(&feed), Arc::clone(&routes), shown, Arc::clone(&logins));
+    let (follower, following) = Follower::new(engine.follow(&state), Arc::clone(&routes), shown, Arc::clone(&logins));
     tasks.spawn(follower.run(stop.clone()));
-    if !matches!(tokio::time::timeout(START_DEADLINE, following.wait_live()).await, Ok(true)) {
-        return Err(Failure::Start(format!("the store was not read within {START_DEADLINE:?}")));
-    }
+    engine.wait(&following, &mut signals).await?;
 
     // A taken port ends the start before anything is served.
     let listeners = Listeners::bind(&config)?;
@@ -280,13 +278,89 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     stop.cancel();
     tasks.close();
     let _ = tokio::time::timeout(Duration::from_secs(2), tasks.wait()).await;
-    store.close().await;
+    engine.close().await;
     state.forget_listening();
     if let Some(log) = visit_log::access_log() {
         log.flush();
     }
     tracing::info!("ended");
     Ok(())
+}
+
+/// Where records come from.
+enum Engine {
+    Store(Arc<Store>),
+    Elsewhere(Arc<dyn Feed>),
+}
+
+impl Engine {
+    async fn open(config: &Config, state: &StateDir) -> Result<Self, Failure> {
+        if let Some(feed) = elsewhere(&config.etcd).await.map_err(Failure::Start)? {
+            return Ok(Self::Elsewhere(feed));
+        }
+        let store = Store::open(&state.file("store.db"), config.store.clone());
+        store.map(Self::Store).map_err(|error| Failure::Start(error.to_string()))
+    }
+
+    fn feed(&self) -> Arc<dyn Feed> {
+        match self {
+            Self::Store(store) => Arc::clone(store) as _,
+            Self::Elsewhere(feed) => Arc::clone(feed),
+        }
+    }
+
+    /// What is followed; of an engine that is elsewhere, from what is remembered on.
+    fn follow(&self, state: &StateDir) -> Subscription {
+        match self {
+            Self::Store(store) => store.subscribe(&follower::PREFIXES, None),
+            Self::Elsewhere(feed) => {
+                feed::cache::follow(state.file("feed.cache"), Arc::clone(feed), &follower::PREFIXES)
+            }
+        }
+    }
+
+    /// Waits until there is something to serve. A store that cannot be read ends the
+    /// start; an engine that is elsewhere is waited for.
+    async fn wait(&self, following: &Following, signals: &mut Signals) -> Result<(), Failure> {
+        loop {
+            let served = tokio::select! {
+                served = tokio::time::timeout(START_DEADLINE, following.wait_served()) => served,
+                Told::End = signals.next() => {
+                    return Err(Failure::Start("told to end before there was anything to serve".into()));
+                }
+            };
+            match (served, self) {
+                (Ok(true), _) => return Ok(()),
+                (_, Self::Store(_)) => {
+                    return Err(Failure::Start(format!("the store was not read within {START_DEADLINE:?}")));
+                }
+                (_, Self::Elsewhere(_)) => {
+                    tracing::error!("the feed does not answer, and nothing is remembered: not ready");
+                }
+            }
+        }
+    }
+
+    async fn close(&self) {
+        if let Self::Store(store) = self {
+            store.close().await;
+        }
+    }
+}
+
+#[cfg(feature = "etcd")]
+async fn elsewhere(settings: &EtcdSettings) -> Result<Option<Arc<dyn Feed>>, String> {
+    if settings.endpoints.is_empty() {
+        return Ok(None);
+    }
+    let etcd = feed::etcd::Etcd::connect(settings).await?;
+    Ok(Some(etcd as _))
+}
+
+/// Endpoints of an engine that is not built in are a mistake of the settings.
+#[cfg(not(feature = "etcd"))]
+async fn elsewhere(_: &EtcdSettings) -> Result<Option<Arc<dyn Feed>>, String> {
+    Ok(None)
 }
 
 /// The stepwise shutdown; readiness says no already.

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 use super::*;
-use crate::feed::follower::Follower;
 use crate::feed::follower::tests::Remembered;
+use crate::feed::follower::{Follower, PREFIXES};
 use crate::feed::records::RecordSettings;
 use crate::feed::store::{Store, StoreSettings};
-use crate::feed::{Op, Txn};
+use crate::feed::{Feed, Op, Txn};
 use crate::fields::Bytes as Size;
 use crate::model::{Certificate, Socket, SocketType, TicketKeys, TicketKeysId, Tunnel};
 use crate::routes::Routes;
@@ -45,8 +45,12 @@ async fn node(change: impl FnOnce(&mut ControlSettings)) -> Node {
     };
     let records = Arc::new(Records::new(store.clone(), ports));
     let routes = Arc::new(Routes::default());
-    let (follower, following) =
-        Follower::new(store.clone(), routes.clone(), Arc::new(Remembered::default()), Arc::default());
+    let (follower, following) = Follower::new(
+        store.subscribe(&PREFIXES, None),
+        routes.clone(),
+        Arc::new(Remembered::default()),
+        Arc::default(),
+    );
     let cancel = CancellationToken::new();
     tokio::spawn(follower.run(cancel.clone()));
     assert!(following.wait_live().await);

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::records::Record;
-use super::{Change, Cursor, Entry, Epoch, Event, Feed};
+use super::{Change, Cursor, Entry, Epoch, Event, Subscription};
 use crate::fields::Mistake;
 use crate::logins::Logins;
 use crate::model::{Account, Certificate, CertificateId, Keyring, Provider, Revocation, Socket, TicketKeys, Tunnel};
@@ -56,6 +56,16 @@ const KINDS: [Kind; 8] = [
     kind::<Keyring>(),
     kind::<Revocation>(),
 ];
+/// What a subscription for it is to.
+pub const PREFIXES: [&str; KINDS.len()] = {
+    let mut all = [""; KINDS.len()];
+    let mut i = 0;
+    while i < all.len() {
+        all[i] = KINDS[i].prefix;
+        i += 1;
+    }
+    all
+};
 /// Records applied between two chances for other tasks.
 const BREATH: usize = 256;
 
@@ -127,6 +137,15 @@ impl Following {
         self.stale_since.clone().wait_for(Option::is_none).await.is_ok()
     }
 
+    /// Waits until there is something to serve, be it old; or the follower ended.
+    pub async fn wait_served(&self) -> bool {
+        let (mut live, mut applied) = (self.stale_since.clone(), self.applied.clone());
+        tokio::select! {
+            live = live.wait_for(Option::is_none) => live.is_ok(),
+            applied = applied.wait_for(|rev| *rev > 0) => applied.is_ok(),
+        }
+    }
+
     /// Changes whenever sockets won or lost ports: read `Routes::ports` then.
     pub fn ports(&self) -> watch::Receiver<u64> {
         self.ports.clone()
@@ -140,7 +159,7 @@ impl Following {
 
 /// The task's state.
 pub struct Follower {
-    feed: Arc<dyn Feed>,
+    events: Subscription,
     routes: Arc<Routes>,
     certificates: Arc<dyn Certificates>,
     logins: Arc<Logins>,
@@ -157,15 +176,16 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// A follower and the handle to watch it by.
+    /// A follower of what `events` tells of the keys under [`PREFIXES`], and the handle
+    /// to watch it by.
     pub fn new(
-        feed: Arc<dyn Feed>,
+        events: Subscription,
         routes: Arc<Routes>,
         certificates: Arc<dyn Certificates>,
         logins: Arc<Logins>,
     ) -> (Self, Following) {
         let follower = Self {
-            feed,
+            events,
             routes,
             certificates,
             logins,
@@ -189,11 +209,10 @@ impl Follower {
 
     /// Follows until `cancel`, or until the feed has shut down.
     pub async fn run(mut self, cancel: CancellationToken) {
-        let mut events = self.feed.subscribe(&KINDS.map(|kind| kind.prefix), None);
         loop {
             let event = tokio::select! {
                 () = cancel.cancelled() => return,
-                event = events.next() => event,
+                event = self.events.next() => event,
             };
             match event {
                 None => return tracing::info!("the feed has shut down; its last state keeps serving"),
@@ -383,7 +402,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::feed::store::{Store, StoreSettings};
-    use crate::feed::{Op, Subscription, Txn};
+    use crate::feed::{Feed, Op, Txn};
 
     /// Certificates that only remember; one whose chain is "bad" is refused.
     #[derive(Default)]
@@ -426,7 +445,8 @@ pub(crate) mod tests {
         write(&store, "cfg/sock/old", r#"{"type":"http","hostnames":["old.test"]}"#).await;
         write(&store, "cfg/sock/never", r#"{"type":"nonsense"}"#).await;
         let (routes, certificates) = (Arc::new(Routes::default()), Arc::new(Remembered::default()));
-        let (follower, following) = Follower::new(store.clone(), routes.clone(), certificates.clone(), Arc::default());
+        let (follower, following) =
+            Follower::new(store.subscribe(&PREFIXES, None), routes.clone(), certificates.clone(), Arc::default());
         let cancel = CancellationToken::new();
         let task = tokio::spawn(follower.run(cancel.clone()));
         assert!(following.wait_live().await);
@@ -462,8 +482,7 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn ticket_keys_come_go_and_outlast_a_bad_record() {
         let (events, receiver) = tokio::sync::mpsc::channel(8);
-        let store = Store::in_memory(StoreSettings::default()).unwrap();
-        let feed = Arc::new(Script(Mutex::new(Some(receiver)), store));
+        let feed = Subscription { events: receiver };
         let certificates = Arc::new(Remembered::default());
         let (follower, following) = Follower::new(feed, Arc::default(), certificates.clone(), Arc::default());
         let task = tokio::spawn(follower.run(CancellationToken::new()));
@@ -492,49 +511,10 @@ pub(crate) mod tests {
         task.await.unwrap();
     }
 
-    /// A feed that says what the test says.
-    struct Script(Mutex<Option<tokio::sync::mpsc::Receiver<Event>>>, Arc<Store>);
-
-    impl Feed for Script {
-        fn subscribe(&self, _: &[&str], _: Option<Cursor>) -> Subscription {
-            Subscription { events: self.0.lock().take().unwrap() }
-        }
-        fn commit(&self, txn: Txn) -> futures_util::future::BoxFuture<'_, Result<u64, crate::feed::WriteError>> {
-            self.1.commit(txn)
-        }
-        fn read<'a>(
-            &'a self,
-            key: &'a str,
-        ) -> futures_util::future::BoxFuture<'a, Result<Option<Entry>, crate::feed::ReadError>> {
-            self.1.read(key)
-        }
-        fn list<'a>(
-            &'a self,
-            prefix: &'a str,
-        ) -> futures_util::future::BoxFuture<'a, Result<(Cursor, Vec<Entry>), crate::feed::ReadError>> {
-            self.1.list(prefix)
-        }
-        fn page<'a>(
-            &'a self,
-            prefix: &'a str,
-            after: &'a str,
-            limit: usize,
-        ) -> futures_util::future::BoxFuture<'a, Result<(Cursor, Vec<Entry>), crate::feed::ReadError>> {
-            self.1.page(prefix, after, limit)
-        }
-        fn lease(
-            &self,
-            ttl: Duration,
-        ) -> futures_util::future::BoxFuture<'_, Result<crate::feed::Lease, crate::feed::WriteError>> {
-            self.1.lease(ttl)
-        }
-    }
-
     #[tokio::test]
     async fn a_reset_is_applied_by_what_differs() {
         let (events, receiver) = tokio::sync::mpsc::channel(8);
-        let store = Store::in_memory(StoreSettings::default()).unwrap();
-        let feed = Arc::new(Script(Mutex::new(Some(receiver)), store));
+        let feed = Subscription { events: receiver };
         let (routes, certificates) = (Arc::new(Routes::default()), Arc::new(Remembered::default()));
         let (follower, following) = Follower::new(feed, routes.clone(), certificates, Arc::default());
         let task = tokio::spawn(follower.run(CancellationToken::new()));

@@ -1,14 +1,16 @@
-//! The feed: where sockets, tunnels and certificates come from. One trait,
-//! several engines (the embedded store here; a fleet engine later), and the
-//! typed records above it. No engine's own word leaks: compaction and gaps are
+//! The feed: where sockets, tunnels and certificates come from. One trait, two
+//! engines (the embedded store of one node, etcd for a fleet), and the typed
+//! records above it. No engine's own word leaks: compaction and gaps are
 //! `Reset`, a lost engine is `Stale`.
 
+pub mod cache;
 pub mod certificate_check;
 #[cfg(feature = "etcd")]
 pub mod etcd;
 pub mod follower;
 mod prefixes;
 pub mod records;
+pub mod settings;
 pub mod store;
 
 #[cfg(test)]

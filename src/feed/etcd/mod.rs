@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::prefixes::Prefixes;
+use super::settings::EtcdSettings;
 use super::{Cursor, Entry, Epoch, Expect, Feed, Lease, LeaseId, Op, ReadError, Subscription, Txn, WriteError};
 use crate::error::Chain;
 
@@ -44,21 +45,6 @@ const SUBSCRIBER_EVENTS: usize = 64;
 /// Times that a snapshot is begun again because its revision was compacted.
 const TRIES: usize = 3;
 
-/// How the engine is reached.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EtcdSettings {
-    /// `https://host:2379`, of every member.
-    pub endpoints: Vec<String>,
-    /// What all keys begin with; two fleets in one cluster need two.
-    pub prefix: String,
-    /// The CA of the members' certificates (PEM). None: those of the web.
-    pub ca: Option<PathBuf>,
-    /// This node's certificate and key (PEM): its common name is who it is to etcd.
-    pub identity: Option<(PathBuf, PathBuf)>,
-    /// How long one call may take.
-    pub deadline: Duration,
-}
-
 /// A connection to etcd.
 pub struct Etcd {
     client: Client,
@@ -76,10 +62,11 @@ impl Etcd {
             tokio::fs::read(path).await.map_err(|e| format!("{} cannot be read: {e}", path.display()))
         };
         let mut tls = TlsOptions::new();
-        if let Some(ca) = &settings.ca {
-            tls = tls.ca_certificate(Certificate::from_pem(read(ca).await?));
-        }
-        if let Some((chain, key)) = &settings.identity {
+        tls = match &settings.ca {
+            Some(ca) => tls.ca_certificate(Certificate::from_pem(read(ca).await?)),
+            None => tls.with_enabled_roots(),
+        };
+        if let (Some(chain), Some(key)) = (&settings.certificate, &settings.key) {
             tls = tls.identity(Identity::from_pem(read(chain).await?, read(key).await?));
         }
         let mut options = ConnectOptions::new()

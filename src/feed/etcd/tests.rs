@@ -74,7 +74,8 @@ async fn connected(port: u16) -> Arc<Etcd> {
         endpoints: vec![format!("http://127.0.0.1:{port}")],
         prefix: "/adit/1/".into(),
         ca: None,
-        identity: None,
+        certificate: None,
+        key: None,
         deadline: Duration::from_secs(5),
     };
     let feed = Etcd::connect(&settings).await.unwrap();
