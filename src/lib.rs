@@ -7,7 +7,7 @@
 //! visitor ─► ingress ─► hello ─► routes ─► dial ─► tunnel (SSH channel) ─► origin
 //!           (socket2)  (SNI/     (table)    │
 //!                      HTTP/raw)            └ http, or relay: splice between TCP, copy elsewhere
-//! feed (embedded store) ─► follower ─► route table and certificates (their only writer)
+//! feed (embedded store, or etcd) ─► follower ─► route table and certificates (their only writer)
 //! SSH sessions ─► tunnel: live tunnels, the latest login first
 //! operator ─► control API ─► records ─► feed
 //! ```
@@ -31,6 +31,7 @@
 //! | owner, one an SSH connection; its registrar and consoles | accept loops, `tunnel` | with the connection |
 //! | follower | `node` | stop |
 //! | store's writer (a thread) | `feed::store` | `Store::close` |
+//! | etcd: one a subscription, one a lease; the cache of the last state | `feed::etcd`, `feed::cache` | with who listens, or holds it |
 //! | control connections | `control` | stop |
 
 pub mod drain; // the stages of the shutdown

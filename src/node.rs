@@ -312,9 +312,9 @@ impl Engine {
     /// What is followed; of an engine that is elsewhere, from what is remembered on.
     fn follow(&self, state: &StateDir) -> Subscription {
         match self {
-            Self::Store(store) => store.subscribe(&follower::PREFIXES, None),
+            Self::Store(store) => store.subscribe(&follower::prefixes(), None),
             Self::Elsewhere(feed) => {
-                feed::cache::follow(state.file("feed.cache"), Arc::clone(feed), &follower::PREFIXES)
+                feed::cache::follow(state.file("feed.cache"), Arc::clone(feed), follower::prefixes())
             }
         }
     }

@@ -7,7 +7,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 use super::*;
 use crate::feed::follower::tests::Remembered;
-use crate::feed::follower::{Follower, PREFIXES};
+use crate::feed::follower::{Follower, prefixes};
 use crate::feed::records::RecordSettings;
 use crate::feed::store::{Store, StoreSettings};
 use crate::feed::{Feed, Op, Txn};
@@ -46,7 +46,7 @@ async fn node(change: impl FnOnce(&mut ControlSettings)) -> Node {
     let records = Arc::new(Records::new(store.clone(), ports));
     let routes = Arc::new(Routes::default());
     let (follower, following) = Follower::new(
-        store.subscribe(&PREFIXES, None),
+        store.subscribe(&prefixes(), None),
         routes.clone(),
         Arc::new(Remembered::default()),
         Arc::default(),

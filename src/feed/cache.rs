@@ -25,18 +25,16 @@ const TABLES: &str = "
         rev INTEGER NOT NULL, prefixes TEXT NOT NULL) STRICT;";
 
 /// Follows the keys under `prefixes`, beginning with what `path` remembers of them.
-pub fn follow(path: PathBuf, feed: Arc<dyn Feed>, prefixes: &'static [&'static str]) -> Subscription {
+pub fn follow(path: PathBuf, feed: Arc<dyn Feed>, prefixes: Vec<&'static str>) -> Subscription {
     let (tell, events) = mpsc::channel(WAITING);
     tokio::spawn(run(path, feed, prefixes, tell));
     Subscription { events }
 }
 
-async fn run(path: PathBuf, feed: Arc<dyn Feed>, prefixes: &'static [&'static str], tell: mpsc::Sender<Event>) {
-    let opened = tokio::task::spawn_blocking(move || Cache::open(path, prefixes)).await;
-    let (cache, known) = match opened {
-        Ok(opened) => opened,
-        Err(_) => (None, None),
-    };
+async fn run(path: PathBuf, feed: Arc<dyn Feed>, prefixes: Vec<&'static str>, tell: mpsc::Sender<Event>) {
+    let of = prefixes.join(" ");
+    let opened = tokio::task::spawn_blocking(move || Cache::open(path, of)).await;
+    let (cache, known) = opened.unwrap_or_default();
     let from = known.as_ref().map(|(at, _)| at.clone());
     if let Some((at, state)) = known {
         tracing::info!(records = state.len(), rev = at.rev, "the feed's last state is here");
@@ -47,7 +45,7 @@ async fn run(path: PathBuf, feed: Arc<dyn Feed>, prefixes: &'static [&'static st
     }
     let (keep, kept) = mpsc::channel(WAITING);
     let keeping = cache.map(|cache| tokio::task::spawn_blocking(move || cache.keep(kept)));
-    let mut events = feed.subscribe(prefixes, from);
+    let mut events = feed.subscribe(&prefixes, from);
     loop {
         let event = tokio::select! {
             () = tell.closed() => break,
@@ -78,8 +76,7 @@ struct Cache {
 
 impl Cache {
     /// The file, and what it knows; without a file that can be used, neither.
-    fn open(path: PathBuf, prefixes: &[&str]) -> (Option<Self>, Option<Known>) {
-        let prefixes = prefixes.join(" ");
+    fn open(path: PathBuf, prefixes: String) -> (Option<Self>, Option<Known>) {
         for attempt in 0..2 {
             let opened = connect(&path).and_then(|connection| {
                 let known = known(&connection, &prefixes)?;
@@ -218,7 +215,7 @@ mod tests {
 
     /// What is told before the feed is asked, and what the feed then tells.
     async fn first(path: &Path, feed: &Arc<Store>, prefixes: &'static [&'static str]) -> (Vec<Event>, Vec<Event>) {
-        let mut events = follow(path.to_owned(), Arc::clone(feed) as _, prefixes);
+        let mut events = follow(path.to_owned(), Arc::clone(feed) as _, prefixes.to_vec());
         let (mut before, mut after) = (Vec::new(), Vec::new());
         loop {
             match next(&mut events).await {

@@ -56,18 +56,13 @@ const KINDS: [Kind; 8] = [
     kind::<Keyring>(),
     kind::<Revocation>(),
 ];
-/// What a subscription for it is to.
-pub const PREFIXES: [&str; KINDS.len()] = {
-    let mut all = [""; KINDS.len()];
-    let mut i = 0;
-    while i < all.len() {
-        all[i] = KINDS[i].prefix;
-        i += 1;
-    }
-    all
-};
 /// Records applied between two chances for other tasks.
 const BREATH: usize = 256;
+
+/// What a subscription for a follower is to.
+pub fn prefixes() -> Vec<&'static str> {
+    KINDS.iter().map(|kind| kind.prefix).collect()
+}
 
 /// Where certificates and ticket keys go.
 pub trait Certificates: Send + Sync + 'static {
@@ -176,7 +171,7 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// A follower of what `events` tells of the keys under [`PREFIXES`], and the handle
+    /// A follower of what `events` tells of the keys under [`prefixes`], and the handle
     /// to watch it by.
     pub fn new(
         events: Subscription,
@@ -446,7 +441,7 @@ pub(crate) mod tests {
         write(&store, "cfg/sock/never", r#"{"type":"nonsense"}"#).await;
         let (routes, certificates) = (Arc::new(Routes::default()), Arc::new(Remembered::default()));
         let (follower, following) =
-            Follower::new(store.subscribe(&PREFIXES, None), routes.clone(), certificates.clone(), Arc::default());
+            Follower::new(store.subscribe(&prefixes(), None), routes.clone(), certificates.clone(), Arc::default());
         let cancel = CancellationToken::new();
         let task = tokio::spawn(follower.run(cancel.clone()));
         assert!(following.wait_live().await);

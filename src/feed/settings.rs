@@ -18,6 +18,11 @@ pub struct EtcdSettings {
     pub certificate: Option<PathBuf>,
     /// Its key.
     pub key: Option<PathBuf>,
+    /// A second certificate, of one who may write all records (PEM file). None: who
+    /// asks this node's API for that is told that it may not.
+    pub control_certificate: Option<PathBuf>,
+    /// Its key.
+    pub control_key: Option<PathBuf>,
     /// How long one call may take. Default 5 s: a member that leaves takes the others
     /// 2.3 s.
     pub deadline: Duration,
@@ -32,6 +37,8 @@ impl EtcdSettings {
             ca: f.optional("ca"),
             certificate: f.optional("certificate"),
             key: f.optional("key"),
+            control_certificate: f.optional("control_certificate"),
+            control_key: f.optional("control_key"),
             deadline: f.take("deadline", Duration::from_secs(5)),
         };
         for endpoint in &settings.endpoints {
@@ -40,8 +47,13 @@ impl EtcdSettings {
                 f.mistake("endpoints", format!("\"{}\" is no endpoint", endpoint.escape_debug()), fix);
             }
         }
-        if settings.certificate.is_some() != settings.key.is_some() {
-            f.mistake("certificate", "comes with key, or not at all".into(), "write both".into());
+        for (name, one, other) in [
+            ("certificate", &settings.certificate, &settings.key),
+            ("control_certificate", &settings.control_certificate, &settings.control_key),
+        ] {
+            if one.is_some() != other.is_some() {
+                f.mistake(name, "comes with its key, or not at all".into(), "write both".into());
+            }
         }
         if !settings.prefix.ends_with('/') {
             f.mistake("prefix", "has no / at its end".into(), format!("write \"{}/\"", settings.prefix));

@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use super::*;
 use crate::feed::Feed;
-use crate::feed::follower::{Follower, PREFIXES};
+use crate::feed::follower::{Follower, prefixes};
 use crate::feed::records::RecordSettings;
 use crate::feed::store::{Store, StoreSettings};
 use crate::fields::PortRange;
@@ -40,7 +40,7 @@ impl Door {
         let routes = Arc::new(Routes::default());
         let tls = crate::config::Config::default().tls;
         let certificates = Arc::new(Certificates::new(&tls).unwrap());
-        let events = feed.subscribe(&PREFIXES, None);
+        let events = feed.subscribe(&prefixes(), None);
         let (follower, following) = Follower::new(events, Arc::clone(&routes), certificates, Arc::default());
         tasks.spawn(follower.run(CancellationToken::new()));
         let domain = Some("edge.test".to_owned());

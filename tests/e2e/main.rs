@@ -16,6 +16,8 @@ mod cli;
 mod clients;
 mod conformance;
 mod faults;
+#[cfg(feature = "etcd")]
+mod fleet_feed;
 mod gate_attacks;
 mod gate_browser;
 mod gate_certificates;

@@ -1,4 +1,4 @@
-//! The feed of a fleet: etcd, as far as its version 3.4 has it. This file is the
+//! The feed of a fleet (docs/fleet.md): etcd, as far as its version 3.4 has it. This file is the
 //! door (connect, commit, read, lease); `subscription` follows its changes. Needs
 //! the cargo feature `etcd`, because its client needs protoc at build time.
 //!
@@ -35,6 +35,8 @@ const PAGE: i64 = 20_000;
 /// Largest message that is taken, in bytes: a lease's end deletes all of its keys in
 /// one message.
 const MESSAGE_MAX: usize = 64 << 20;
+/// What nodes write of themselves: by their own identity.
+const OWN: &str = "live/";
 /// How often a silent connection is asked whether it lives. etcd cuts who asks more
 /// often than every 5 s (`--grpc-keepalive-min-time`).
 const KEEP_ALIVE: Duration = Duration::from_secs(6);
@@ -46,8 +48,11 @@ const SUBSCRIBER_EVENTS: usize = 64;
 const TRIES: usize = 3;
 
 /// A connection to etcd.
+#[derive(Clone)]
 pub struct Etcd {
     client: Client,
+    /// Who writes what is not this node's own.
+    control: Option<Client>,
     root: String,
     deadline: Duration,
 }
@@ -61,25 +66,32 @@ impl Etcd {
         let read = async |path: &PathBuf| {
             tokio::fs::read(path).await.map_err(|e| format!("{} cannot be read: {e}", path.display()))
         };
-        let mut tls = TlsOptions::new();
-        tls = match &settings.ca {
-            Some(ca) => tls.ca_certificate(Certificate::from_pem(read(ca).await?)),
-            None => tls.with_enabled_roots(),
+        let roots = match &settings.ca {
+            Some(ca) => TlsOptions::new().ca_certificate(Certificate::from_pem(read(ca).await?)),
+            None => TlsOptions::new().with_enabled_roots(),
         };
-        if let (Some(chain), Some(key)) = (&settings.certificate, &settings.key) {
-            tls = tls.identity(Identity::from_pem(read(chain).await?, read(key).await?));
-        }
-        let mut options = ConnectOptions::new()
-            .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE_WAIT)
-            .with_keep_alive_while_idle(true)
-            .with_connect_timeout(settings.deadline)
-            // A member that lost the others would tell nothing, and nobody would know.
-            .with_require_leader(true);
-        if settings.endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {
-            options = options.with_tls(tls);
-        }
-        let client = Client::connect(&settings.endpoints, Some(options)).await.map_err(|e| format!("etcd: {e}"))?;
-        Ok(Arc::new(Self { client, root: settings.prefix.clone(), deadline: settings.deadline }))
+        let client = async |certificate: &Option<PathBuf>, key: &Option<PathBuf>| {
+            let tls = match certificate.as_ref().zip(key.as_ref()) {
+                Some((chain, key)) => roots.clone().identity(Identity::from_pem(read(chain).await?, read(key).await?)),
+                None => roots.clone(),
+            };
+            let mut options = ConnectOptions::new()
+                .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE_WAIT)
+                .with_keep_alive_while_idle(true)
+                .with_connect_timeout(settings.deadline)
+                // A member that lost the others would tell nothing, and nobody would know.
+                .with_require_leader(true);
+            if settings.endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {
+                options = options.with_tls(tls);
+            }
+            Client::connect(&settings.endpoints, Some(options)).await.map_err(|e| format!("etcd: {e}"))
+        };
+        let control = match &settings.control_certificate {
+            Some(_) => Some(client(&settings.control_certificate, &settings.control_key).await?),
+            None => None,
+        };
+        let client = client(&settings.certificate, &settings.key).await?;
+        Ok(Arc::new(Self { client, control, root: settings.prefix.clone(), deadline: settings.deadline }))
     }
 
     fn full(&self, key: &str) -> String {
@@ -144,6 +156,10 @@ impl Etcd {
     }
 
     async fn txn(&self, txn: Txn) -> Result<u64, WriteError> {
+        let own = txn.ops.iter().all(|op| match op {
+            Op::Put { key, .. } | Op::Delete { key } => key.starts_with(OWN),
+        });
+        let client = self.control.as_ref().filter(|_| !own).unwrap_or(&self.client);
         let compares = txn.expect.iter().map(|(key, expect)| {
             let key = self.full(key);
             match expect {
@@ -166,7 +182,7 @@ impl Etcd {
             .when(compares.collect::<Vec<_>>())
             .and_then(ops.collect::<Vec<_>>())
             .or_else(held.collect::<Vec<_>>());
-        let mut kv = self.client.kv_client();
+        let mut kv = client.kv_client();
         let answer = tokio::time::timeout(self.deadline, kv.txn(request)).await;
         let answer = answer.map_err(|_| WriteError::Unknown(format!("no answer within {:?}", self.deadline)))?;
         let answer = answer.map_err(|error| written(&error))?;
@@ -207,8 +223,7 @@ impl Etcd {
 impl Feed for Etcd {
     fn subscribe(&self, prefixes: &[&str], from: Option<Cursor>) -> Subscription {
         let (tell, events) = mpsc::channel(SUBSCRIBER_EVENTS);
-        let feed = Self { client: self.client.clone(), root: self.root.clone(), deadline: self.deadline };
-        tokio::spawn(subscription::run(feed, Prefixes::new(prefixes), from, tell));
+        tokio::spawn(subscription::run(self.clone(), Prefixes::new(prefixes), from, tell));
         Subscription { events }
     }
 
@@ -325,7 +340,9 @@ fn written(error: &Error) -> WriteError {
     let Error::GRpcStatus(status) = error else { return WriteError::Unavailable(text(error)) };
     let why = text(error);
     match status.code() {
-        Code::PermissionDenied | Code::Unauthenticated => WriteError::Denied(why),
+        Code::PermissionDenied | Code::Unauthenticated => {
+            WriteError::Denied(format!("this node's identity may not write there ({why}): etcd.control_certificate"))
+        }
         Code::NotFound if status.message().contains("lease") => WriteError::LeaseLost,
         Code::InvalidArgument | Code::FailedPrecondition | Code::ResourceExhausted | Code::OutOfRange => {
             WriteError::Unavailable(why)

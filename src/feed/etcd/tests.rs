@@ -76,6 +76,8 @@ async fn connected(port: u16) -> Arc<Etcd> {
         ca: None,
         certificate: None,
         key: None,
+        control_certificate: None,
+        control_key: None,
         deadline: Duration::from_secs(5),
     };
     let feed = Etcd::connect(&settings).await.unwrap();

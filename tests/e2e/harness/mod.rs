@@ -3,6 +3,8 @@
 
 mod browser;
 mod chromium;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod jar;
 mod node;
 mod origin;
@@ -19,6 +21,8 @@ use std::time::Duration;
 pub use browser::{Answer, Browser, Form, Manner};
 #[allow(unused_imports)]
 pub use chromium::Chromium;
+#[cfg(feature = "etcd")]
+pub use etcd::EtcdCluster;
 #[allow(unused_imports)]
 pub use jar::{Cookie, Jar, Reach, SameSite};
 #[allow(unused_imports)]
