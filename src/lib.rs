@@ -37,6 +37,7 @@
 pub mod drain; // the stages of the shutdown
 pub mod error; // why a visit failed
 pub mod fields; // reads settings and records, every mistake at once
+pub mod fleet; // what nodes tell each other: that they live, and where tunnels are
 pub mod header_rules; // what a socket changes in heads
 pub mod limits; // counts that end
 pub mod metrics;

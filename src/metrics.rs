@@ -71,6 +71,8 @@ const GAUGES: &[(&str, Unit, &str)] = &[
     ("adit_origin_connections_kept", Unit::Count, "Connections to origins that wait for a request"),
     ("adit_tunnels_attached", Unit::Count, "Tunnels that live sessions serve, standbys included"),
     ("adit_sessions", Unit::Count, "SSH sessions logged in"),
+    ("adit_fleet_nodes", Unit::Count, "Nodes of the fleet that live"),
+    ("adit_fleet_locations", Unit::Count, "Tunnels that nodes of the fleet told of"),
     ("adit_ready", Unit::Count, "1 while the node takes visitors"),
 ];
 
@@ -88,6 +90,11 @@ const HISTOGRAMS: &[(&str, Unit, &str)] = &[
         "Requests to login providers from the name to the last byte, by kind and what was asked for",
     ),
     ("adit_store_commit_seconds", Unit::Seconds, "Time for a group of transactions to reach the disk"),
+    (
+        "adit_fleet_location_seconds",
+        Unit::Seconds,
+        "From an owner's login at another node, by its clock, until it is known here",
+    ),
     ("adit_tunnel_rtt_seconds", Unit::Seconds, "Round trips to owners' SSH clients"),
 ];
 

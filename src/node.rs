@@ -24,6 +24,7 @@ use crate::feed::records::{RecordSettings, Records};
 use crate::feed::settings::EtcdSettings;
 use crate::feed::store::Store;
 use crate::feed::{self, Feed, Subscription};
+use crate::fleet::Fleet;
 use crate::gate::{self, Gates};
 use crate::http::{Http, HttpSettings};
 use crate::ingress::{self, Door, Ingress, Ports, listener};
@@ -164,6 +165,15 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let tunnels = Tunnels::new(config.ssh.clone(), parts).map_err(Failure::Start)?;
     let owners = Arc::new(tunnel::Server::new(Arc::clone(&tunnels), &host_keys).map_err(Failure::Start)?);
 
+    // The fleet, where the feed is one.
+    let fleet = match &engine {
+        Engine::Store(_) => None,
+        Engine::Elsewhere(_) => Some(join_fleet(&config, &feed, &tunnels)?),
+    };
+    if let Some(fleet) = &fleet {
+        tasks.spawn(Arc::clone(fleet).run(stop.clone()));
+    }
+
     // Visitors and their path.
     let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));
     let http = HttpSettings { public_https_port: urls.https_port.unwrap_or(443), ..config.http.clone() };
@@ -207,7 +217,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let ready = Arc::new(AtomicBool::new(false));
     let drain_asked = CancellationToken::new();
     let hooks = control::NodeHooks {
-        status: status(&config, &bound, &tunnels, &routes, &ports),
+        status: status(&config, &bound, &tunnels, &routes, &ports, fleet.as_ref()),
         metrics: {
             let owners = Arc::clone(&owners);
             Box::new(move || {
@@ -348,6 +358,13 @@ impl Engine {
     }
 }
 
+/// This node's part in the fleet: by its name, which no other node has.
+fn join_fleet(config: &Config, feed: &Arc<dyn Feed>, tunnels: &Arc<Tunnels>) -> Result<Arc<Fleet>, Failure> {
+    let name = config.node.name();
+    let me = name.parse().map_err(|why| Failure::Start(format!("node.name: \"{name}\" {why}")))?;
+    Fleet::new(me, Arc::clone(feed), Arc::clone(tunnels)).map_err(Failure::Start)
+}
+
 #[cfg(feature = "etcd")]
 async fn elsewhere(settings: &EtcdSettings) -> Result<Option<Arc<dyn Feed>>, String> {
     if settings.endpoints.is_empty() {
@@ -405,7 +422,9 @@ fn status(
     tunnels: &Arc<Tunnels>,
     routes: &Arc<Routes>,
     ports: &Arc<Ports>,
+    fleet: Option<&Arc<Fleet>>,
 ) -> Box<dyn Fn() -> serde_json::Map<String, Value> + Send + Sync> {
+    let fleet = fleet.cloned();
     let (name, listeners) = (config.node.name(), bound.to_json());
     let (tunnels, routes) = (Arc::clone(tunnels), Arc::clone(routes));
     let ports = Arc::clone(ports);
@@ -427,7 +446,8 @@ fn status(
             .map(|(id, sessions)| (id.to_string(), sessions.iter().map(session).collect()))
             .collect();
         let failed: Vec<Value> = ports.failed().iter().map(|(port, why)| json!({ "port": port, "why": why })).collect();
-        serde_json::Map::from_iter([
+        let fleet = fleet.as_ref().map(|fleet| ("fleet".to_owned(), fleet.status()));
+        let own = [
             ("name".to_owned(), json!(name)),
             ("listeners".to_owned(), listeners.clone()),
             ("sockets".to_owned(), json!(sockets)),
@@ -435,7 +455,8 @@ fn status(
             ("sessions".to_owned(), json!(tunnels.sessions().len())),
             ("live".to_owned(), Value::Object(live)),
             ("ports".to_owned(), json!({ "open": ports.open(), "failed": failed })),
-        ])
+        ];
+        own.into_iter().chain(fleet).collect()
     })
 }
 

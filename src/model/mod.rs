@@ -82,6 +82,10 @@ id_type!(
     TunnelId
 );
 id_type!(
+    /// A node's name in its fleet.
+    NodeId
+);
+id_type!(
     /// A certificate's id.
     CertificateId
 );

@@ -12,15 +12,16 @@ mod session;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 pub use self::register::Urls;
@@ -266,6 +267,23 @@ pub struct Parts {
     pub exempt_loopback: bool,
 }
 
+/// Tunnels whose serving session may be another now, where somebody gathers them.
+#[derive(Default)]
+struct Changes {
+    gathered: AtomicBool,
+    tunnels: Mutex<HashSet<TunnelId>>,
+    told: Notify,
+}
+
+impl Changes {
+    fn tell(&self, tunnel: &TunnelId) {
+        if self.gathered.load(Ordering::Acquire) {
+            self.tunnels.lock().insert(tunnel.clone());
+            self.told.notify_one();
+        }
+    }
+}
+
 /// All live tunnels of this node.
 pub struct Tunnels {
     settings: SshSettings,
@@ -282,6 +300,7 @@ pub struct Tunnels {
     tasks: TaskTracker,
     per_address: PerAddress,
     unauthenticated: PerAddress,
+    changes: Changes,
     session_count: Arc<std::sync::atomic::AtomicUsize>,
     revoked: RevokedKeys,
 }
@@ -308,6 +327,7 @@ impl Tunnels {
             urls: parts.urls,
             name_key: parts.name_key,
             tasks: parts.tasks,
+            changes: Changes::default(),
             session_count: Arc::default(),
             revoked,
         }))
@@ -371,6 +391,34 @@ impl Tunnels {
         self.live.iter().map(|t| (t.key().clone(), sessions(t.value()))).collect()
     }
 
+    /// The session that serves a tunnel here.
+    pub fn serving(&self, tunnel: &TunnelId) -> Option<Arc<Session>> {
+        self.live.get(tunnel)?.last().map(|attached| Arc::clone(&attached.session))
+    }
+
+    /// Whether a session lives.
+    pub fn has_session(&self, id: u64) -> bool {
+        self.sessions.contains_key(&id)
+    }
+
+    /// From now on tunnels whose session changes are gathered for `take_changes`.
+    pub fn gather_changes(&self) {
+        self.changes.gathered.store(true, Ordering::Release);
+    }
+
+    /// The tunnels that changed since they were taken last.
+    pub fn take_changes(&self) -> HashSet<TunnelId> {
+        std::mem::take(&mut self.changes.tunnels.lock())
+    }
+
+    /// Waits until there is something to take.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn wait_changes(&self) {
+        self.changes.told.notified().await;
+    }
+
     /// Attaches a tunnel to a session; the latest login wins, older ones stay
     /// as silent standbys, and both are told.
     fn attach(self: &Arc<Self>, session: &Arc<Session>, tunnel: &Arc<Tunnel>, bind: Bind) -> Attached {
@@ -390,6 +438,7 @@ impl Tunnels {
             all.insert(place, Arc::clone(&attachment));
             (ahead, behind)
         };
+        self.changes.tell(&tunnel.id);
         if let Some(newer) = ahead {
             let peer = newer.peer.ip();
             session.console.say(format!("{}: a newer login from {peer} serves; this session stands by", tunnel.id));
@@ -419,6 +468,7 @@ impl Drop for Attached {
             promoted = all.last().filter(|_| was_serving).map(|a| Arc::clone(&a.session));
         }
         self.tunnels.live.remove_if(tunnel, |_, all| all.is_empty());
+        self.tunnels.changes.tell(tunnel);
         if let Some(standby) = promoted.filter(|s| s.id != session.id) {
             tracing::info!(%tunnel, session = standby.id, gone = session.id, "a standby serves again");
             standby.console.say(format!("{tunnel}: the newer login is gone; this session serves again"));

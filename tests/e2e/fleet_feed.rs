@@ -171,3 +171,64 @@ async fn fleet_a_login_goes_through_three_nodes_and_a_logout_reaches_all() {
         .await;
     }
 }
+
+/// The nodes that a node knows, each with its number of tunnels.
+async fn known(node: &Node) -> Vec<(String, u64)> {
+    let (_, status) = node.api("GET", "/v1/status", None).await;
+    let told = status["fleet"]["nodes"].as_array().cloned().unwrap_or_default();
+    told.iter().map(|one| (one["node"].as_str().unwrap().to_owned(), one["tunnels"].as_u64().unwrap())).collect()
+}
+
+async fn is_live(node: &Node) -> bool {
+    node.api("GET", "/v1/status", None).await.1["stale_ms"].is_null()
+}
+
+async fn comes_to_know(node: &Node, limit: Duration, expected: &[(&str, u64)]) {
+    let expected: Vec<(String, u64)> = expected.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect();
+    let what = format!("{expected:?} is known");
+    eventually_within(limit, &what, async || (known(node).await == expected).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fleet_nodes_know_who_lives_and_where_tunnels_are() {
+    let mut etcd = EtcdCluster::start(1).await;
+    let [a, mut b, mut c] = fleet(&etcd, |opts| opts).await;
+    let (soon, origin) = (Duration::from_secs(5), Origin::http().await);
+    a.put("sockets/web", json!({"type": "http", "hostnames": ["web.edge.localhost"]})).await;
+    a.put("tunnels/web-1", json!({"socket": "web", "keys": [b.key.line(), c.key.line()]})).await;
+    becomes(&b, 503).await;
+    becomes(&c, 503).await;
+    let forward = format!("web:80:{}", origin.target());
+    let at_b = Ssh::start(&b, &[&forward]).await;
+    comes_to_know(&a, soon, &[("a", 0), ("b", 1), ("c", 0)]).await;
+    assert!(a.metric("adit_fleet_location_seconds_count").await >= 1.0);
+    let _at_c = Ssh::start(&c, &[&forward]).await;
+    for node in [&a, &b, &c] {
+        comes_to_know(node, soon, &[("a", 0), ("b", 1), ("c", 1)]).await;
+    }
+    // An owner leaves: nobody else is moved.
+    drop(at_b);
+    comes_to_know(&a, soon, &[("a", 0), ("b", 0), ("c", 1)]).await;
+    let _at_b = Ssh::start(&b, &[&forward]).await;
+    comes_to_know(&a, soon, &[("a", 0), ("b", 1), ("c", 1)]).await;
+    // A node that is killed is gone with its lease, and all that it told with it.
+    b.kill9();
+    comes_to_know(&a, Duration::from_secs(10), &[("a", 0), ("c", 1)]).await;
+    b.restart().await;
+    comes_to_know(&a, soon, &[("a", 0), ("b", 0), ("c", 1)]).await;
+    let _at_b = Ssh::start(&b, &[&forward]).await;
+    comes_to_know(&a, soon, &[("a", 0), ("b", 1), ("c", 1)]).await;
+    // Longer without the feed than leases last: all are told again.
+    etcd.kill(0);
+    // Nothing tells that a lease of 6 s is over while nobody is there to say so.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    assert_eq!(known(&a).await.len(), 3, "what was told last still holds");
+    etcd.restart(0);
+    for node in [&a, &b, &c] {
+        eventually("it is live again", async || is_live(node).await.then_some(())).await;
+        comes_to_know(node, Duration::from_secs(30), &[("a", 0), ("b", 1), ("c", 1)]).await;
+    }
+    // One that leaves says so.
+    c.drain();
+    comes_to_know(&a, Duration::from_secs(5), &[("a", 0), ("b", 1)]).await;
+}

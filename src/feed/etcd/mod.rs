@@ -12,14 +12,16 @@ mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use etcd_client::{
     Certificate, Client, Compare, CompareOp, ConnectOptions, Error, GetOptions, GetResponse, Identity, KeyValue,
-    PutOptions, ResponseHeader, TlsOptions, TxnOp, TxnOpResponse,
+    LeaseGrantResponse, LeaseRevokeResponse, PutOptions, ResponseHeader, TlsOptions, TxnOp, TxnOpResponse, TxnResponse,
 };
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -47,14 +49,22 @@ const SUBSCRIBER_EVENTS: usize = 64;
 /// Times that a snapshot is begun again because its revision was compacted.
 const TRIES: usize = 3;
 
-/// A connection to etcd.
+/// The members, one of which is asked until it fails: a balancer over them would ask
+/// the dead one most, because it has least to do.
 #[derive(Clone)]
 pub struct Etcd {
+    members: Arc<[Member]>,
+    /// Counts up with each failure; modulo their number it is whose turn it is.
+    turn: Arc<AtomicUsize>,
+    root: String,
+    deadline: Duration,
+}
+
+/// One member, as who this node is to it.
+struct Member {
     client: Client,
     /// Who writes what is not this node's own.
     control: Option<Client>,
-    root: String,
-    deadline: Duration,
 }
 
 impl Etcd {
@@ -70,28 +80,50 @@ impl Etcd {
             Some(ca) => TlsOptions::new().ca_certificate(Certificate::from_pem(read(ca).await?)),
             None => TlsOptions::new().with_enabled_roots(),
         };
-        let client = async |certificate: &Option<PathBuf>, key: &Option<PathBuf>| {
-            let tls = match certificate.as_ref().zip(key.as_ref()) {
+        let identity = async |certificate: &Option<PathBuf>, key: &Option<PathBuf>| -> Result<TlsOptions, String> {
+            Ok(match certificate.as_ref().zip(key.as_ref()) {
                 Some((chain, key)) => roots.clone().identity(Identity::from_pem(read(chain).await?, read(key).await?)),
                 None => roots.clone(),
-            };
+            })
+        };
+        let client = async |endpoint: &String, tls: &TlsOptions| {
             let mut options = ConnectOptions::new()
                 .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE_WAIT)
                 .with_keep_alive_while_idle(true)
-                .with_connect_timeout(settings.deadline)
+                .with_connect_timeout(settings.deadline / 2)
                 // A member that lost the others would tell nothing, and nobody would know.
                 .with_require_leader(true);
-            if settings.endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {
-                options = options.with_tls(tls);
+            if endpoint.starts_with("https://") {
+                options = options.with_tls(tls.clone());
             }
-            Client::connect(&settings.endpoints, Some(options)).await.map_err(|e| format!("etcd: {e}"))
+            Client::connect([endpoint], Some(options)).await.map_err(|e| format!("{endpoint}: {e}"))
         };
-        let control = match &settings.control_certificate {
-            Some(_) => Some(client(&settings.control_certificate, &settings.control_key).await?),
-            None => None,
-        };
-        let client = client(&settings.certificate, &settings.key).await?;
-        Ok(Arc::new(Self { client, control, root: settings.prefix.clone(), deadline: settings.deadline }))
+        let own = identity(&settings.certificate, &settings.key).await?;
+        let control = identity(&settings.control_certificate, &settings.control_key).await?;
+        let mut members = Vec::new();
+        for endpoint in &settings.endpoints {
+            let control = match &settings.control_certificate {
+                Some(_) => Some(client(endpoint, &control).await?),
+                None => None,
+            };
+            members.push(Member { client: client(endpoint, &own).await?, control });
+        }
+        // Nodes that start together do not all ask the first.
+        let turn = Arc::new(AtomicUsize::new(subscription::rand_below(1 << 16) as usize));
+        let (root, deadline) = (settings.prefix.clone(), settings.deadline);
+        Ok(Arc::new(Self { members: members.into(), turn, root, deadline }))
+    }
+
+    /// Whose turn it is, and the number of the turn.
+    fn member(&self) -> Result<(usize, &Member), String> {
+        let turn = self.turn.load(Ordering::Relaxed);
+        let member = self.members.get(turn % self.members.len().max(1));
+        member.map(|member| (turn, member)).ok_or_else(|| "there is no etcd.endpoints".to_owned())
+    }
+
+    /// The member of this turn failed: the next one's, unless that was noticed already.
+    fn failed(&self, turn: usize) {
+        let _ = self.turn.compare_exchange(turn, turn.wrapping_add(1), Ordering::Relaxed, Ordering::Relaxed);
     }
 
     fn full(&self, key: &str) -> String {
@@ -105,11 +137,28 @@ impl Etcd {
     }
 
     async fn get(&self, key: Vec<u8>, options: GetOptions) -> Result<GetResponse, ReadError> {
-        let mut kv = self.client.kv_client().max_decoding_message_size(MESSAGE_MAX);
-        match tokio::time::timeout(self.deadline, kv.get(key, Some(options))).await {
-            Ok(answer) => answer.map_err(|error| ReadError(text(&error))),
-            Err(_) => Err(ReadError(format!("no answer within {:?}", self.deadline))),
+        let by = Instant::now() + self.deadline;
+        let mut failed = ReadError(format!("no answer within {:?}", self.deadline));
+        for _ in 0..self.members.len() {
+            let (turn, member) = self.member().map_err(ReadError)?;
+            let mut kv = member.client.kv_client().max_decoding_message_size(MESSAGE_MAX);
+            // A read is asked of the next one too, within the same deadline.
+            match tokio::time::timeout_at(by, kv.get(key.clone(), Some(options.clone()))).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) => {
+                    failed = ReadError(text(&error));
+                    if !is_members_fault(&error) {
+                        return Err(failed);
+                    }
+                }
+                Err(_) => {
+                    self.failed(turn);
+                    return Err(failed);
+                }
+            }
+            self.failed(turn);
         }
+        Err(failed)
     }
 
     /// Everything under the prefixes, sorted, as of one revision.
@@ -159,7 +208,6 @@ impl Etcd {
         let own = txn.ops.iter().all(|op| match op {
             Op::Put { key, .. } | Op::Delete { key } => key.starts_with(OWN),
         });
-        let client = self.control.as_ref().filter(|_| !own).unwrap_or(&self.client);
         let compares = txn.expect.iter().map(|(key, expect)| {
             let key = self.full(key);
             match expect {
@@ -182,10 +230,7 @@ impl Etcd {
             .when(compares.collect::<Vec<_>>())
             .and_then(ops.collect::<Vec<_>>())
             .or_else(held.collect::<Vec<_>>());
-        let mut kv = client.kv_client();
-        let answer = tokio::time::timeout(self.deadline, kv.txn(request)).await;
-        let answer = answer.map_err(|_| WriteError::Unknown(format!("no answer within {:?}", self.deadline)))?;
-        let answer = answer.map_err(|error| written(&error))?;
+        let answer = self.write(own, |client| txn_at(client, request.clone())).await?;
         if answer.succeeded() {
             return answer
                 .header()
@@ -207,15 +252,37 @@ impl Etcd {
         })
     }
 
+    /// Writes at the member whose turn it is; at the next one only where nothing was
+    /// sent.
+    async fn write<T, F>(&self, own: bool, call: impl Fn(Client) -> F) -> Result<T, WriteError>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let by = Instant::now() + self.deadline;
+        let mut failed = WriteError::Unavailable("there is no etcd.endpoints".into());
+        for _ in 0..self.members.len() {
+            let (turn, member) = self.member().map_err(WriteError::Unavailable)?;
+            let client = member.control.as_ref().filter(|_| !own).unwrap_or(&member.client);
+            failed = match tokio::time::timeout_at(by, call(client.clone())).await {
+                Ok(Ok(done)) => return Ok(done),
+                Ok(Err(error)) if !is_members_fault(&error) => return Err(written(&error)),
+                Ok(Err(error)) => written(&error),
+                Err(_) => WriteError::Unknown(format!("no answer within {:?}", self.deadline)),
+            };
+            self.failed(turn);
+            if !matches!(failed, WriteError::Unavailable(_)) {
+                break;
+            }
+        }
+        Err(failed)
+    }
+
     async fn grant(&self, ttl: Duration) -> Result<Lease, WriteError> {
         let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
-        let mut leases = self.client.lease_client();
-        let granted = tokio::time::timeout(self.deadline, leases.grant(seconds, None)).await;
-        let granted = granted.map_err(|_| WriteError::Unavailable(format!("no lease within {:?}", self.deadline)))?;
-        let granted = granted.map_err(|error| written(&error))?;
+        let granted = self.write(true, |client| grant_at(client, seconds)).await?;
         let (id, dropped) = (granted.id(), CancellationToken::new());
         let ttl = Duration::from_secs(granted.ttl().unsigned_abs().max(1));
-        tokio::spawn(keep(self.client.clone(), id, ttl, dropped.clone()));
+        tokio::spawn(keep(self.clone(), id, ttl, dropped.clone()));
         Ok(Lease { id: LeaseId(id.cast_unsigned()), revoke: Some(Box::new(move || dropped.cancel())) })
     }
 }
@@ -263,11 +330,16 @@ impl Feed for Etcd {
 }
 
 /// Keeps a lease alive until it is dropped, then revokes it.
-async fn keep(client: Client, id: i64, ttl: Duration, dropped: CancellationToken) {
+async fn keep(feed: Etcd, id: i64, ttl: Duration, dropped: CancellationToken) {
     let renewing = async {
         loop {
-            if let Err(error) = renew(&client, id, ttl).await {
-                tracing::warn!(lease = id, error = text(&error), "a lease could not be renewed");
+            if let Ok((turn, member)) = feed.member()
+                && let Err(error) = renew(&member.client, id, ttl).await
+            {
+                tracing::debug!(lease = id, error = text(&error), "a lease was not renewed");
+                if is_members_fault(&error) {
+                    feed.failed(turn);
+                }
             }
             // Until it is gone for good, and its holder notices at the next write.
             tokio::time::sleep(ttl / 6).await;
@@ -279,14 +351,26 @@ async fn keep(client: Client, id: i64, ttl: Duration, dropped: CancellationToken
     }
     // Gone by itself after `ttl`: tried for as long.
     let revoked = async {
-        while let Err(error) = client.lease_client().revoke(id).await {
-            if matches!(&error, Error::GRpcStatus(status) if status.code() == Code::NotFound) {
+        while let Err(error) = feed.write(true, |client| revoke_at(client, id)).await {
+            if error == WriteError::LeaseLost {
                 return;
             }
             tokio::time::sleep(ttl / 6).await;
         }
     };
     let _ = tokio::time::timeout(ttl, revoked).await;
+}
+
+async fn txn_at(client: Client, txn: etcd_client::Txn) -> Result<TxnResponse, Error> {
+    client.kv_client().txn(txn).await
+}
+
+async fn grant_at(client: Client, seconds: i64) -> Result<LeaseGrantResponse, Error> {
+    client.lease_client().grant(seconds, None).await
+}
+
+async fn revoke_at(client: Client, id: i64) -> Result<LeaseRevokeResponse, Error> {
+    client.lease_client().revoke(id).await
 }
 
 async fn renew(client: &Client, id: i64, ttl: Duration) -> Result<(), Error> {
@@ -333,6 +417,17 @@ fn end_of(prefix: &str) -> Vec<u8> {
         }
     }
     vec![0]
+}
+
+/// Whether another member may do better.
+fn is_members_fault(error: &Error) -> bool {
+    match error {
+        Error::GRpcStatus(status) => {
+            matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled)
+        }
+        Error::TransportError(_) | Error::IoError(_) | Error::LeaseKeepAliveError(_) | Error::WatchError(_) => true,
+        _ => false,
+    }
 }
 
 /// What an error is to who wanted to write.

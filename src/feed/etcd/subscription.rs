@@ -1,6 +1,7 @@
 //! One subscription: a snapshot, the changes from there on, and both again as often
 //! as the connection breaks. What a subscriber has not taken waits at etcd.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use etcd_client::{Event as EtcdEvent, EventType, GetOptions, SortOrder, SortTarget, WatchOptions};
@@ -41,10 +42,9 @@ impl From<etcd_client::Error> for Ended {
 }
 
 pub(super) async fn run(feed: Etcd, prefixes: Prefixes, from: Option<Cursor>, tell: mpsc::Sender<Event>) {
-    let mut follower = Follower { feed, prefixes, at: from, tell, wait: WAIT.0 };
-    let mut stale = false;
+    let mut follower = Follower { feed, prefixes, at: from, tell, tries: 0, stale: false };
     loop {
-        let before = follower.wait;
+        let turn = follower.feed.turn.load(Ordering::Relaxed);
         let why = match follower.follow().await {
             Ended::Unheard => return,
             Ended::Compacted => {
@@ -53,17 +53,18 @@ pub(super) async fn run(feed: Etcd, prefixes: Prefixes, from: Option<Cursor>, te
             }
             Ended::Broken(why) => why,
         };
-        // It was live in between: that is news again.
-        if follower.wait < before || !stale {
-            tracing::warn!(why, "the feed is out of reach; its last state keeps serving");
-        }
-        stale = true;
-        if follower.tell.send(Event::Stale { why }).await.is_err() {
+        follower.feed.failed(turn);
+        follower.tries += 1;
+        tracing::debug!(why, tries = follower.tries, "a watch broke");
+        // The next member is asked at once; then nobody could be, and that is news.
+        let members = u32::try_from(follower.feed.members.len()).unwrap_or(u32::MAX);
+        let Some(rounds) = follower.tries.checked_sub(members) else { continue };
+        if !std::mem::replace(&mut follower.stale, true) && follower.tell.send(Event::Stale { why }).await.is_err() {
             return;
         }
         // Full jitter: a whole fleet comes back at once, and must not.
-        let wait = follower.wait.mul_f64(f64::from(rand_below(1000)) / 1000.0);
-        follower.wait = (follower.wait * 2).min(WAIT.1);
+        let wait = WAIT.0.saturating_mul(1 << rounds.min(16)).min(WAIT.1);
+        let wait = wait.mul_f64(f64::from(rand_below(1000)) / 1000.0);
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = follower.tell.closed() => return,
@@ -71,7 +72,7 @@ pub(super) async fn run(feed: Etcd, prefixes: Prefixes, from: Option<Cursor>, te
     }
 }
 
-fn rand_below(n: u32) -> u32 {
+pub(super) fn rand_below(n: u32) -> u32 {
     let mut bytes = [0; 4];
     let _ = aws_lc_rs::rand::fill(&mut bytes);
     u32::from_le_bytes(bytes) % n
@@ -82,7 +83,10 @@ struct Follower {
     prefixes: Prefixes,
     at: Option<Cursor>,
     tell: mpsc::Sender<Event>,
-    wait: Duration,
+    /// How often it broke since it was live.
+    tries: u32,
+    /// Whether that was told.
+    stale: bool,
 }
 
 impl Follower {
@@ -120,7 +124,8 @@ impl Follower {
             // Now and then where nothing changes here, so that the place stays in the history.
             .with_progress_notify();
         let key = self.feed.full(self.prefixes.common());
-        let mut client = self.feed.client.watch_client().max_decoding_message_size(MESSAGE_MAX);
+        let (_, member) = self.feed.member().map_err(Ended::Broken)?;
+        let mut client = member.client.watch_client().max_decoding_message_size(MESSAGE_MAX);
         let begun = tokio::time::timeout(self.feed.deadline, client.watch(key, Some(options))).await;
         let mut watch = begun.map_err(|_| Ended::Broken("no watch within the deadline".into()))??;
         let (mut heard, mut ask, mut live) = (Instant::now(), tokio::time::interval(ASK), false);
@@ -161,7 +166,7 @@ impl Follower {
             }
             heard = Instant::now();
             if !live && self.at.as_ref().is_some_and(|at| at.rev >= newest) {
-                (live, self.wait) = (true, WAIT.0);
+                (live, self.tries, self.stale) = (true, 0, false);
                 let at = self.at.clone().unwrap_or(told);
                 self.send(Event::Live { at }).await?;
             }

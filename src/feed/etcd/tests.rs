@@ -100,7 +100,7 @@ impl Feed for Compacting {
         Box::pin(async {
             let rev = self.0.commit(txn).await?;
             if rev % 50 == 0 && rev > HISTORY as u64 {
-                let _ = self.0.client.kv_client().compact(signed(rev) - HISTORY as i64, None).await;
+                let _ = self.0.members[0].client.kv_client().compact(signed(rev) - HISTORY as i64, None).await;
             }
             Ok(rev)
         })
@@ -212,7 +212,7 @@ async fn a_lease_that_is_kept_outlives_its_time_and_one_of_the_dead_does_not() {
     };
     feed.commit(leased("live/kept", lease.id)).await.unwrap();
     // Granted, and renewed by nobody: what a process that died leaves.
-    let orphan = feed.client.lease_client().grant(2, None).await.unwrap();
+    let orphan = feed.members[0].client.lease_client().grant(2, None).await.unwrap();
     feed.commit(leased("live/dead", LeaseId(orphan.id().cast_unsigned()))).await.unwrap();
     let mut watch = feed.subscribe(&["live/"], None);
     let gone = until(&mut watch, |event| match event {

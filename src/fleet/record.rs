@@ -1,0 +1,69 @@
+//! The records that nodes write of themselves: JSON, with fields of later versions
+//! left alone.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+/// `live/node/<node>`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct NodeRecord {
+    v: u32,
+    /// This run of it.
+    pub(super) boot: String,
+    /// What it runs.
+    #[serde(default)]
+    pub(super) version: String,
+    /// Whether it is about to leave.
+    #[serde(default)]
+    pub(super) draining: bool,
+}
+
+impl NodeRecord {
+    pub(super) fn new(boot: &str, draining: bool) -> Self {
+        Self { v: 1, boot: boot.to_owned(), version: env!("CARGO_PKG_VERSION").to_owned(), draining }
+    }
+
+    pub(super) fn read(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok().filter(|record: &Self| record.v == 1)
+    }
+}
+
+/// `live/loc/<node>/<tunnel>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Location {
+    /// The run of the node that told it.
+    pub(super) boot: String,
+    /// The revision that told of this login first, and the life of the data that it
+    /// counts in; 0: this is the one.
+    pub(super) login: u64,
+    pub(super) epoch: String,
+    /// When the owner logged in.
+    pub(super) since: SystemTime,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    v: u32,
+    boot: String,
+    #[serde(default)]
+    login: u64,
+    #[serde(default)]
+    epoch: String,
+    since_ms: u64,
+}
+
+impl Location {
+    pub(super) fn read(text: &str) -> Option<Self> {
+        let Stored { v: 1, boot, login, epoch, since_ms } = serde_json::from_str(text).ok()? else { return None };
+        let since = UNIX_EPOCH.checked_add(Duration::from_millis(since_ms))?;
+        Some(Self { boot, login, epoch, since })
+    }
+
+    pub(super) fn to_text(&self) -> String {
+        let since = self.since.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        let Self { boot, login, epoch, .. } = self.clone();
+        serde_json::to_string(&Stored { v: 1, boot, login, epoch, since_ms }).unwrap_or_default()
+    }
+}
