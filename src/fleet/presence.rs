@@ -93,7 +93,11 @@ async fn tell_all(fleet: &Fleet, said: &mut Said) -> WriteError {
             }
             continue;
         }
-        let known = fleet.table.read().boot(&fleet.me) == Some(&fleet.boot);
+        let told = fleet.table.read().boot(&fleet.me).cloned();
+        let known = told.as_ref() == Some(&fleet.boot);
+        if was_known && !known && told.is_some() {
+            tracing::error!(node = %fleet.me, "another node runs by this name: node.name must be each one's own");
+        }
         was_known |= known;
         if !known && (was_known || registered.elapsed() > TRAILS) {
             return WriteError::LeaseLost;
