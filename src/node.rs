@@ -341,6 +341,7 @@ impl Engine {
             };
             match (served, self) {
                 (Ok(true), _) => return Ok(()),
+                (Ok(false), Self::Elsewhere(_)) => return Err(Failure::Start("the feed has ended".into())),
                 (_, Self::Store(_)) => {
                     return Err(Failure::Start(format!("the store was not read within {START_DEADLINE:?}")));
                 }

@@ -3,7 +3,7 @@
 //! for what is new alone. SQLite, like the embedded store; whatever is wrong with the
 //! file, it is begun anew. It holds keys of certificates: mode 0600.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -72,18 +72,27 @@ struct Cache {
     path: PathBuf,
     connection: Connection,
     prefixes: String,
+    /// One process at a time.
+    _lock: File,
 }
 
 impl Cache {
     /// The file, and what it knows; without a file that can be used, neither.
     fn open(path: PathBuf, prefixes: String) -> (Option<Self>, Option<Known>) {
+        let lock = match lock(&path) {
+            Ok(lock) => lock,
+            Err(error) => {
+                tracing::error!(path = %path.display(), error, "the feed's last state is not used");
+                return (None, None);
+            }
+        };
         for attempt in 0..2 {
             let opened = connect(&path).and_then(|connection| {
                 let known = known(&connection, &prefixes)?;
                 Ok((connection, known))
             });
             match opened {
-                Ok((connection, known)) => return (Some(Self { path, connection, prefixes }), known),
+                Ok((connection, known)) => return (Some(Self { path, connection, prefixes, _lock: lock }), known),
                 Err(error) if attempt == 0 => {
                     tracing::warn!(path = %path.display(), error, "the feed's last state cannot be read: begun anew");
                     remove(&path);
@@ -153,6 +162,14 @@ impl Cache {
         }
         transaction.commit()
     }
+}
+
+fn lock(path: &Path) -> Result<File, String> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(format!("{}.lock", path.display())).map_err(|e| e.to_string())?;
+    file.try_lock().map_err(|_| "another process has it open".to_owned())?;
+    Ok(file)
 }
 
 fn connect(path: &Path) -> Result<Connection, String> {
@@ -249,7 +266,7 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         // Its follower has noticed that nobody listens, and closed the file.
         let by = std::time::Instant::now() + Duration::from_secs(10);
-        while path.with_extension("cache-wal").exists() {
+        while lock(&path).is_err() {
             assert!(std::time::Instant::now() < by, "the file stays open");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::record::{Location, NodeRecord};
 use super::{Fleet, LEASE, LOCATIONS, NODES, location_key};
-use crate::feed::{Lease, Op, Txn, WriteError};
+use crate::feed::{Expect, Lease, Op, Txn, WriteError};
 use crate::model::TunnelId;
 
 /// How long logins are gathered before they are told.
@@ -37,13 +37,16 @@ struct Said {
 pub(super) async fn run(fleet: &Fleet, stop: CancellationToken) {
     let mut said = Said::default();
     fleet.tunnels.gather_changes();
+    let mut present = None;
     let telling = async {
         loop {
-            let failed = match register(fleet).await {
-                Ok(_lease) => {
+            let failed = match register(fleet, &mut said).await {
+                Ok(registered) => {
+                    // The former lease ends here, when the key is under this one.
+                    let registered: &Registered = present.insert(registered);
                     // All that is here is told once more.
                     said.serving.clear();
-                    tell_all(fleet, &mut said).await
+                    tell_all(fleet, &mut said, registered).await
                 }
                 Err(error) => error,
             };
@@ -55,51 +58,89 @@ pub(super) async fn run(fleet: &Fleet, stop: CancellationToken) {
         () = telling => {}
         () = stop.cancelled() => {}
     }
-    let goodbye = Txn { expect: Vec::new(), ops: vec![Op::Delete { key: format!("{NODES}{}", fleet.me) }] };
-    let _ = tokio::time::timeout(GOODBYE, fleet.feed.commit(goodbye)).await;
+    if let Some(registered) = present {
+        let goodbye = registered.guarded(fleet, vec![Op::Delete { key: node_key(fleet) }]);
+        let _ = tokio::time::timeout(GOODBYE, fleet.feed.commit(goodbye)).await;
+    }
+}
+
+fn node_key(fleet: &Fleet) -> String {
+    format!("{NODES}{}", fleet.me)
+}
+
+/// The node's key, as it was put in.
+struct Registered {
+    _lease: Lease,
+    rev: u64,
+    epoch: String,
+}
+
+impl Registered {
+    /// Writes that count only while the key is as it was put in: what comes late
+    /// finds another one.
+    fn guarded(&self, fleet: &Fleet, ops: Vec<Op>) -> Txn {
+        Txn { expect: vec![(node_key(fleet), Expect::Rev(self.rev))], ops }
+    }
 }
 
 /// Takes out what an earlier run left, and puts the node in.
-async fn register(fleet: &Fleet) -> Result<Lease, WriteError> {
+async fn register(fleet: &Fleet, said: &mut Said) -> Result<Registered, WriteError> {
     let lease = fleet.feed.lease(LEASE).await?;
     let told = fleet.feed.list(&format!("{LOCATIONS}{}/", fleet.me)).await;
-    let (_, told) = told.map_err(|error| WriteError::Unavailable(error.to_string()))?;
-    let is_here = |key: &str| {
-        let tunnel = location_key(key).and_then(|(_, tunnel)| tunnel.parse().ok());
-        tunnel.is_some_and(|tunnel: TunnelId| fleet.tunnels.serving(&tunnel).is_some())
-    };
-    let left: Vec<String> = told.into_iter().map(|entry| entry.key).filter(|key| !is_here(key)).collect();
-    for chunk in left.chunks(TOGETHER) {
-        let ops = chunk.iter().map(|key| Op::Delete { key: key.clone() }).collect();
-        fleet.feed.commit(Txn { expect: Vec::new(), ops }).await?;
+    let (at, told) = told.map_err(|error| WriteError::Unavailable(error.to_string()))?;
+    let epoch = at.epoch.0.to_string();
+    // An order counts in the life of the data that it is of.
+    said.logins.retain(|_, (_, of)| *of == epoch);
+    let mut left = Vec::new();
+    for entry in told {
+        let tunnel: Option<TunnelId> = location_key(&entry.key).and_then(|(_, tunnel)| tunnel.parse().ok());
+        let Some((tunnel, session)) = tunnel.and_then(|t| fleet.tunnels.serving(&t).map(|session| (t, session))) else {
+            left.push(entry.key);
+            continue;
+        };
+        // Written, although the answer to that was lost: it is the login's order.
+        let location = Location::read(&entry.value).filter(|told| told.boot == fleet.boot && told.login == 0);
+        if location.is_some_and(|told| told.is_since(session.since)) {
+            said.logins.entry((tunnel, session.id)).or_insert((entry.rev, epoch.clone()));
+        }
     }
     let value = serde_json::to_string(&NodeRecord::new(&fleet.boot, false)).unwrap_or_default();
-    let put = Op::Put { key: format!("{NODES}{}", fleet.me), value, lease: Some(lease.id) };
-    fleet.feed.commit(Txn { expect: Vec::new(), ops: vec![put] }).await?;
+    let put = Op::Put { key: node_key(fleet), value, lease: Some(lease.id) };
+    let rev = fleet.feed.commit(Txn { expect: Vec::new(), ops: vec![put] }).await?;
+    let registered = Registered { _lease: lease, rev, epoch };
+    for chunk in left.chunks(TOGETHER) {
+        let ops = chunk.iter().map(|key| Op::Delete { key: key.clone() }).collect();
+        fleet.feed.commit(registered.guarded(fleet, ops)).await?;
+    }
     tracing::info!(node = %fleet.me, "the fleet is told that this node lives");
-    Ok(lease)
+    Ok(registered)
 }
 
 /// Tells of all tunnels that are here, and of each that changes, until the feed
 /// refuses or the node's key is lost.
-async fn tell_all(fleet: &Fleet, said: &mut Said) -> WriteError {
+async fn tell_all(fleet: &Fleet, said: &mut Said, registered: &Registered) -> WriteError {
     let mut dirty: HashSet<TunnelId> = fleet.tunnels.live().into_keys().collect();
-    let (registered, mut was_known) = (Instant::now(), false);
+    let (began, mut was_known) = (Instant::now(), false);
     loop {
         dirty.extend(fleet.tunnels.take_changes());
         if !dirty.is_empty() {
-            if let Err(error) = tell(fleet, &mut dirty, said).await {
+            if let Err(error) = tell(fleet, &mut dirty, said, registered).await {
                 return error;
             }
             continue;
         }
-        let told = fleet.table.read().boot(&fleet.me).cloned();
-        let known = told.as_ref() == Some(&fleet.boot);
-        if was_known && !known && told.is_some() {
+        let (told, epoch) = {
+            let table = fleet.table.read();
+            (table.boot(&fleet.me).cloned(), table.epoch())
+        };
+        let same = told.as_ref() == Some(&fleet.boot);
+        // A backup may have our key, and not what was told since.
+        let known = same && epoch == registered.epoch;
+        if was_known && !same && told.is_some() {
             tracing::error!(node = %fleet.me, "another node runs by this name: node.name must be each one's own");
         }
         was_known |= known;
-        if !known && (was_known || registered.elapsed() > TRAILS) {
+        if !known && (was_known || began.elapsed() > TRAILS) {
             return WriteError::LeaseLost;
         }
         tokio::select! {
@@ -111,10 +152,14 @@ async fn tell_all(fleet: &Fleet, said: &mut Said) -> WriteError {
 }
 
 /// Tells of some of these.
-async fn tell(fleet: &Fleet, dirty: &mut HashSet<TunnelId>, said: &mut Said) -> Result<(), WriteError> {
+async fn tell(
+    fleet: &Fleet,
+    dirty: &mut HashSet<TunnelId>,
+    said: &mut Said,
+    registered: &Registered,
+) -> Result<(), WriteError> {
     let some: Vec<TunnelId> = dirty.iter().take(TOGETHER).cloned().collect();
-    let epoch = fleet.table.read().epoch();
-    let (mut ops, mut told) = (Vec::new(), Vec::new());
+    let (mut ops, mut told, mut gone) = (Vec::new(), Vec::new(), Vec::new());
     for tunnel in &some {
         let key = format!("{LOCATIONS}{}/{tunnel}", fleet.me);
         match fleet.tunnels.serving(tunnel) {
@@ -126,23 +171,32 @@ async fn tell(fleet: &Fleet, dirty: &mut HashSet<TunnelId>, said: &mut Said) -> 
                 ops.push(Op::Put { key, value: location.to_text(), lease: None });
                 told.push((login, first == 0));
             }
-            None if said.serving.contains_key(tunnel) => ops.push(Op::Delete { key }),
+            None if said.serving.contains_key(tunnel) => {
+                ops.push(Op::Delete { key });
+                gone.push(tunnel.clone());
+            }
             None => {}
         }
     }
     if !ops.is_empty() {
-        let rev = fleet.feed.commit(Txn { expect: Vec::new(), ops }).await?;
-        for (login, first) in told {
-            said.serving.insert(login.0.clone(), login.1);
-            if first {
-                said.logins.insert(login, (rev, epoch.clone()));
+        let rev = fleet.feed.commit(registered.guarded(fleet, ops)).await?;
+        // What was written, whatever has changed since: that is dirty again.
+        for tunnel in gone {
+            said.serving.remove(&tunnel);
+        }
+        for ((tunnel, session), first) in told {
+            let order = || (rev, registered.epoch.clone());
+            // Who stands by here logged in before who is told of, and is no newer later.
+            for standby in fleet.tunnels.sessions_of(&tunnel).into_iter().filter(|one| one.id < session) {
+                said.logins.entry((tunnel.clone(), standby.id)).or_insert_with(order);
             }
+            if first {
+                said.logins.insert((tunnel.clone(), session), order());
+            }
+            said.serving.insert(tunnel, session);
         }
     }
     for tunnel in some {
-        if fleet.tunnels.serving(&tunnel).is_none() {
-            said.serving.remove(&tunnel);
-        }
         dirty.remove(&tunnel);
     }
     // Of sessions that ended nothing needs to be remembered.

@@ -42,6 +42,11 @@ pub(super) struct Location {
     pub(super) since: SystemTime,
 }
 
+fn milliseconds(at: SystemTime) -> u64 {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 #[derive(Serialize, Deserialize)]
 struct Stored {
     v: u32,
@@ -60,9 +65,13 @@ impl Location {
         Some(Self { boot, login, epoch, since })
     }
 
+    /// Whether it is of a login at this time, as precisely as it is stored.
+    pub(super) fn is_since(&self, login: SystemTime) -> bool {
+        milliseconds(self.since) == milliseconds(login)
+    }
+
     pub(super) fn to_text(&self) -> String {
-        let since = self.since.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let since_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        let since_ms = milliseconds(self.since);
         let Self { boot, login, epoch, .. } = self.clone();
         serde_json::to_string(&Stored { v: 1, boot, login, epoch, since_ms }).unwrap_or_default()
     }

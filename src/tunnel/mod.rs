@@ -396,6 +396,12 @@ impl Tunnels {
         self.live.get(tunnel)?.last().map(|attached| Arc::clone(&attached.session))
     }
 
+    /// The sessions that have a tunnel here, standbys included.
+    pub fn sessions_of(&self, tunnel: &TunnelId) -> Vec<Arc<Session>> {
+        let attached = self.live.get(tunnel);
+        attached.map(|all| all.iter().map(|one| Arc::clone(&one.session)).collect()).unwrap_or_default()
+    }
+
     /// Whether a session lives.
     pub fn has_session(&self, id: u64) -> bool {
         self.sessions.contains_key(&id)

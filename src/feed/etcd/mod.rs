@@ -39,6 +39,8 @@ const PAGE: i64 = 20_000;
 const MESSAGE_MAX: usize = 64 << 20;
 /// What nodes write of themselves: by their own identity.
 const OWN: &str = "live/";
+/// What is said of a message beyond that.
+const TOO_LARGE: &str = "message length too large";
 /// How often a silent connection is asked whether it lives. etcd cuts who asks more
 /// often than every 5 s (`--grpc-keepalive-min-time`).
 const KEEP_ALIVE: Duration = Duration::from_secs(6);
@@ -126,6 +128,13 @@ impl Etcd {
         let _ = self.turn.compare_exchange(turn, turn.wrapping_add(1), Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// The place of an answer. Below another prefix is another life of the data too.
+    fn cursor(&self, header: Option<&ResponseHeader>) -> Result<Cursor, ReadError> {
+        let header = header.ok_or_else(|| ReadError("an answer without its revision".into()))?;
+        let epoch = Epoch(format!("etcd-{:016x}{}", header.cluster_id(), self.root).into());
+        Ok(Cursor { epoch, rev: unsigned(header.revision()) })
+    }
+
     fn full(&self, key: &str) -> String {
         format!("{}{key}", self.root)
     }
@@ -178,13 +187,20 @@ impl Etcd {
         let mut entries = Vec::new();
         for prefix in prefixes.iter() {
             let prefix = self.full(prefix);
-            let (mut from, end) = (prefix.clone().into_bytes(), end_of(&prefix));
+            let (mut from, end, mut limit) = (prefix.clone().into_bytes(), end_of(&prefix), PAGE);
             loop {
                 let pinned = at.as_ref().map_or(0, |at| signed(at.rev));
-                let options = GetOptions::new().with_range(end.clone()).with_limit(PAGE).with_revision(pinned);
-                let page = self.get(from, options).await?;
+                let options = GetOptions::new().with_range(end.clone()).with_limit(limit).with_revision(pinned);
+                let page = match self.get(from.clone(), options).await {
+                    // Certificates are larger than most.
+                    Err(error) if error.0.contains(TOO_LARGE) && limit > 1 => {
+                        limit = (limit / 4).max(1);
+                        continue;
+                    }
+                    page => page?,
+                };
                 if at.is_none() {
-                    at = Some(cursor(page.header())?);
+                    at = Some(self.cursor(page.header())?);
                 }
                 entries.extend(page.kvs().iter().filter_map(|kv| self.entry(kv)));
                 let Some(last) = page.kvs().last().filter(|_| page.more()) else { break };
@@ -201,7 +217,7 @@ impl Etcd {
     /// The newest revision.
     async fn head(&self) -> Result<Cursor, ReadError> {
         let nothing = GetOptions::new().with_limit(1).with_keys_only();
-        cursor(self.get(self.full("").into_bytes(), nothing).await?.header())
+        self.cursor(self.get(self.full("").into_bytes(), nothing).await?.header())
     }
 
     async fn txn(&self, txn: Txn) -> Result<u64, WriteError> {
@@ -320,7 +336,7 @@ impl Feed for Etcd {
             let from = if after_key > prefix { after(self.full(after_key).as_bytes()) } else { full.clone().into() };
             let limit = i64::try_from(limit).unwrap_or(i64::MAX);
             let page = self.get(from, GetOptions::new().with_range(end_of(&full)).with_limit(limit)).await?;
-            Ok((cursor(page.header())?, page.kvs().iter().filter_map(|kv| self.entry(kv)).collect()))
+            Ok((self.cursor(page.header())?, page.kvs().iter().filter_map(|kv| self.entry(kv)).collect()))
         })
     }
 
@@ -374,7 +390,8 @@ async fn revoke_at(client: Client, id: i64) -> Result<LeaseRevokeResponse, Error
 }
 
 async fn renew(client: &Client, id: i64, ttl: Duration) -> Result<(), Error> {
-    let (mut keeper, mut answers) = client.lease_client().keep_alive(id).await?;
+    let begun = tokio::time::timeout(ttl / 3, client.lease_client().keep_alive(id)).await;
+    let (mut keeper, mut answers) = begun.map_err(|_| Error::LeaseKeepAliveError("no answer".into()))??;
     loop {
         tokio::time::sleep(ttl / 3).await;
         keeper.keep_alive().await?;
@@ -385,12 +402,6 @@ async fn renew(client: &Client, id: i64, ttl: Duration) -> Result<(), Error> {
             Err(_) => return Err(Error::LeaseKeepAliveError("no answer".into())),
         }
     }
-}
-
-fn cursor(header: Option<&ResponseHeader>) -> Result<Cursor, ReadError> {
-    let header = header.ok_or_else(|| ReadError("an answer without its revision".into()))?;
-    let epoch = Epoch(format!("etcd-{:016x}", header.cluster_id()).into());
-    Ok(Cursor { epoch, rev: unsigned(header.revision()) })
 }
 
 /// etcd's revisions count from 1.

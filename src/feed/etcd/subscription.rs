@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use etcd_client::{Event as EtcdEvent, EventType, GetOptions, SortOrder, SortTarget, WatchOptions};
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{Etcd, MESSAGE_MAX, cursor, signed, text, unsigned};
+use super::{Etcd, MESSAGE_MAX, TOO_LARGE, signed, text, unsigned};
 use crate::feed::prefixes::Prefixes;
 use crate::feed::{Change, Cursor, Event, ReadError};
 
@@ -104,7 +104,7 @@ impl Follower {
 
     async fn try_follow(&mut self) -> Result<std::convert::Infallible, Ended> {
         let head = self.feed.head().await?;
-        let known = self.at.take().filter(|at| at.epoch == head.epoch && at.rev <= head.rev);
+        let known = self.at.clone().filter(|at| at.epoch == head.epoch && at.rev <= head.rev);
         // What there is to catch up with, as far as it is still there.
         let (at, newest) = match known {
             Some(at) => {
@@ -130,13 +130,15 @@ impl Follower {
         let mut watch = begun.map_err(|_| Ended::Broken("no watch within the deadline".into()))??;
         let (mut heard, mut ask, mut live) = (Instant::now(), tokio::time::interval(ASK), false);
         ask.reset();
-        // The revision that the former question was answered with: all before it has come.
-        let mut answered = None;
+        ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let response = tokio::select! {
-                response = watch.message() => match response? {
-                    Some(response) => response,
-                    None => return Err(Ended::Broken("the watch ended".into())),
+                response = watch.message() => match response {
+                    Ok(Some(response)) => response,
+                    Ok(None) => return Err(Ended::Broken("the watch ended".into())),
+                    // It would be as large again: the whole state comes in pages.
+                    Err(error) if text(&error).contains(TOO_LARGE) => return Err(Ended::Compacted),
+                    Err(error) => return Err(error.into()),
                 },
                 _ = ask.tick() => {
                     if heard.elapsed() > SILENCE {
@@ -153,15 +155,16 @@ impl Follower {
                     _ => Ended::Compacted,
                 });
             }
-            let told = cursor(response.header())?;
+            let told = self.feed.cursor(response.header())?;
             if self.at.as_ref().is_some_and(|at| at.epoch != told.epoch) {
                 return Err(Ended::Broken("another life of the data began".into()));
             }
             match response.events() {
                 [] if response.created() => {}
-                // The answer may overtake what came before it (mended in 3.4.25): the
-                // one before the last is safe.
-                [] => self.advance(answered.replace(told.rev)),
+                // Told by the watch, in its order. The answer to a question of ours is
+                // not (mended in 3.4.25): it says that somebody is there, and no more.
+                [] if response.watch_id() >= 0 => self.advance(told.rev),
+                [] => {}
                 events => self.tell_changes(&told, events).await?,
             }
             heard = Instant::now();
@@ -189,8 +192,8 @@ impl Follower {
         Ok(newest)
     }
 
-    fn advance(&mut self, rev: Option<u64>) {
-        if let (Some(at), Some(rev)) = (&mut self.at, rev) {
+    fn advance(&mut self, rev: u64) {
+        if let Some(at) = &mut self.at {
             at.rev = at.rev.max(rev);
         }
     }

@@ -22,7 +22,8 @@ pub struct EtcdCluster {
 }
 
 impl EtcdCluster {
-    /// So many members, with roles `node` (reads all, writes `live/`) and `control`.
+    /// So many members, with a role of each node (reads all, writes what is its own)
+    /// and `control`.
     pub async fn start(members: usize) -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -50,9 +51,6 @@ impl EtcdCluster {
             "user add root --no-password",
             "role add root",
             "user grant-role root root",
-            "role add node",
-            "role grant-permission node read /adit/1/ --prefix",
-            "role grant-permission node readwrite /adit/1/live/ --prefix",
             "role add control",
             "role grant-permission control readwrite /adit/1/ --prefix",
             "user add control --no-password",
@@ -144,7 +142,14 @@ impl EtcdCluster {
     pub fn node(&self, name: &str, control: bool) -> NodeOpts {
         self.certificate(name, &[]);
         self.ctl(&["user", "add", name, "--no-password"]);
-        self.ctl(&["user", "grant-role", name, "node"]);
+        let role = format!("node-{name}");
+        self.ctl(&["role", "add", &role]);
+        self.ctl(&["role", "grant-permission", &role, "read", "/adit/1/", "--prefix"]);
+        self.ctl(&["role", "grant-permission", &role, "readwrite", &format!("/adit/1/live/node/{name}")]);
+        for below in [format!("/adit/1/live/loc/{name}/"), "/adit/1/live/revoked/".into()] {
+            self.ctl(&["role", "grant-permission", &role, "readwrite", &below, "--prefix"]);
+        }
+        self.ctl(&["user", "grant-role", name, &role]);
         let file = |name: &str| format!("{:?}", self.path(name));
         let mut opts = NodeOpts::default()
             .set("node", &format!("name = \"{name}\""))
