@@ -8,7 +8,7 @@
 //!           (socket2)  (SNI/     (table)    │
 //!                      HTTP/raw)            └ http, or relay: splice between TCP, copy elsewhere
 //! feed (embedded store, or etcd) ─► follower ─► route table and certificates (their only writer)
-//! SSH sessions ─► tunnel: live tunnels, the latest login first
+//! SSH sessions ─► tunnel: live tunnels, the latest login first ─► fleet ─► feed (of a fleet)
 //! operator ─► control API ─► records ─► feed
 //! ```
 //!
@@ -21,7 +21,8 @@
 //! `Listener`); *tunnel*: one registered path to an origin; *session*: one live
 //! SSH connection, of which the latest login of a tunnel serves and older ones
 //! stand by; *visitor*: who connects from outside; *origin*: the service at the
-//! far end of `ssh -R`; *feed*: where records come from.
+//! far end of `ssh -R`; *feed*: where records come from; *fleet*: the nodes of one feed;
+//! *location*: a tunnel at the node where it is logged in; *gate*: what visitors must pass.
 //!
 //! ## Tasks and who owns them
 //! | task | started by | ends |
@@ -32,6 +33,7 @@
 //! | follower | `node` | stop |
 //! | store's writer (a thread) | `feed::store` | `Store::close` |
 //! | etcd: one a subscription, one a lease; the cache of the last state | `feed::etcd`, `feed::cache` | with who listens, or holds it |
+//! | gates' watch over what runs; fleet's follower and presence | `node` | stop |
 //! | control connections | `control` | stop |
 
 pub mod drain; // the stages of the shutdown

@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, params};
 use tokio::sync::mpsc;
@@ -15,6 +16,8 @@ use super::{Change, Cursor, Entry, Epoch, Event, Feed, Subscription};
 
 /// Events between the feed and the file; beyond, the feed waits.
 const WAITING: usize = 256;
+/// How long the file may take to make place for one more.
+const SLOW: Duration = Duration::from_secs(10);
 /// Events of one transaction.
 const GROUP: usize = 256;
 
@@ -43,8 +46,13 @@ async fn run(path: PathBuf, feed: Arc<dyn Feed>, prefixes: Vec<&'static str>, te
             return;
         }
     }
-    let (keep, kept) = mpsc::channel(WAITING);
-    let keeping = cache.map(|cache| tokio::task::spawn_blocking(move || cache.keep(kept)));
+    let (mut keep, keeping) = match cache {
+        Some(cache) => {
+            let (keep, kept) = mpsc::channel(WAITING);
+            (Some(keep), Some(tokio::task::spawn_blocking(move || cache.keep(kept))))
+        }
+        None => (None, None),
+    };
     let mut events = feed.subscribe(&prefixes, from);
     loop {
         let event = tokio::select! {
@@ -52,12 +60,17 @@ async fn run(path: PathBuf, feed: Arc<dyn Feed>, prefixes: Vec<&'static str>, te
             event = events.next() => event,
         };
         let Some(event) = event else { break };
-        if keeping.is_some() && !matches!(event, Event::Stale { .. }) {
-            // A file that fails has said so, and is done without.
-            let _ = keep.send(event.clone()).await;
-        }
+        let copy = keep.as_ref().filter(|_| !matches!(event, Event::Stale { .. })).map(|_| event.clone());
         if tell.send(event).await.is_err() {
             break;
+        }
+        // Who serves has it first, and does not wait for a disk that is stuck. What the
+        // file has by then is a state that was, and stays.
+        if let (Some(kept), Some(copy)) = (&keep, copy)
+            && kept.send_timeout(copy, SLOW).await.is_err()
+        {
+            tracing::error!("the feed's last state is no longer kept: its disk fails, or takes too long");
+            keep = None;
         }
     }
     drop(keep);
@@ -213,7 +226,6 @@ fn remove(path: &Path) {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::time::Duration;
 
     use super::*;
     use crate::feed::store::{Store, StoreSettings};
