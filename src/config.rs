@@ -19,9 +19,9 @@ use crate::gate::GateSettings;
 use crate::http::HttpSettings;
 use crate::ingress::IngressSettings;
 use crate::ingress::hello::HelloSettings;
-use crate::ingress::listener::TcpSettings;
 use crate::model::HostName;
 use crate::relay::RelaySettings;
+use crate::tcp::TcpSettings;
 use crate::visit_log::access_log::AccessLogSettings;
 use crate::{text_field, tls, tunnel};
 

@@ -6,11 +6,11 @@ use serde_json::{Map, Value};
 use crate::fields::{self, Field, Fields};
 use crate::http::framing::Framing;
 use crate::ingress::hello::{Hello, HelloSettings, Verdict, read};
-use crate::ingress::listener::TcpSettings;
 use crate::model::{
     Certificate, CertificateId, HostName, Socket, SocketId, TicketKeys, TicketKeysId, Tunnel, TunnelId, authority_host,
 };
 use crate::relay::RelaySettings;
+use crate::tcp::TcpSettings;
 use crate::tunnel::keys;
 use crate::tunnel::naming::{self, Wanted};
 

@@ -48,6 +48,7 @@ pub mod password; // hashed and checked
 pub mod proxy_protocol; // whom a connection is from
 pub mod secret_file; // files that hold secrets
 pub mod stream; // a visitor's or origin's bytes
+pub mod tcp; // options of OS sockets, listeners, dials
 pub mod tls; // certificates by name, handshakes
 pub mod visit_log; // the record of a visit
 
@@ -96,6 +97,7 @@ mod tests {
         "proxy_protocol",
         "error",
         "stream",
+        "tcp",
         "limits",
         "password",
         "secret_file",

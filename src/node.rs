@@ -27,11 +27,12 @@ use crate::feed::{self, Feed, Subscription};
 use crate::fleet::Fleet;
 use crate::gate::{self, Gates};
 use crate::http::{Http, HttpSettings};
-use crate::ingress::{self, Door, Ingress, Ports, listener};
+use crate::ingress::{self, Door, Ingress, Ports};
 use crate::logins::Logins;
 use crate::metrics::Exporter;
 use crate::routes::Routes;
 use crate::secret_file;
+use crate::tcp;
 use crate::tls::Certificates;
 use crate::tls::dev::DevTls;
 use crate::tunnel::{self, HostKeyType, Mode, Tunnels, Urls};
@@ -581,9 +582,9 @@ impl Listeners {
 fn bind(key: &'static str, addrs: &[SocketAddr], config: &Config) -> Result<Vec<TcpListener>, Failure> {
     let mut listeners = Vec::new();
     for addr in addrs {
-        match listener::bind(*addr, listener::only_v6(*addr, addrs), &config.tcp) {
+        match tcp::bind(*addr, tcp::only_v6(*addr, addrs), &config.tcp) {
             Ok(listener) => listeners.push(listener),
-            Err(error) if listener::lacks_family(&error) && addrs.len() > 1 => {
+            Err(error) if tcp::lacks_family(&error) && addrs.len() > 1 => {
                 tracing::warn!(%addr, key, %error, "this machine has no such address family; not listening there");
             }
             Err(error) => return Err(Failure::Listen { key, addr: *addr, error }),

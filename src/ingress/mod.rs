@@ -3,7 +3,6 @@
 //! in `visit`: begin there.
 
 pub mod hello;
-pub mod listener;
 mod ports;
 mod visit;
 
@@ -17,7 +16,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::hello::HelloSettings;
-use self::listener::TcpSettings;
 pub use self::ports::Ports;
 use crate::dial::Dialer;
 use crate::drain::Stages;
@@ -29,6 +27,7 @@ use crate::model::Visitor;
 use crate::proxy_protocol::{self, Told};
 use crate::relay::RelaySettings;
 use crate::routes::Routes;
+use crate::tcp::{self, TcpSettings};
 use crate::tls::Certificates;
 use crate::tunnel;
 
@@ -139,9 +138,9 @@ impl Ingress {
     /// Takes visitors from a listener until `closed`; those who came stay.
     pub async fn open(self: Arc<Self>, door: Door, listener: TcpListener, closed: CancellationToken) {
         let tcp_settings = self.parts.tcp.clone();
-        listener::accept_loop(listener, closed, |tcp, addr| {
+        tcp::accept_loop(listener, closed, |tcp, addr| {
             let Ok(local) = tcp.local_addr() else { return };
-            listener::prepare_accepted(&tcp, &tcp_settings);
+            tcp::prepare_accepted(&tcp, &tcp_settings);
             let visit = Arc::clone(&self).visit(door, tcp, Visitor::new(addr, local));
             self.parts.stages.visitors.spawn(visit);
         })
@@ -151,8 +150,8 @@ impl Ingress {
     /// Takes owners from a listener until `closed`.
     pub async fn open_to_owners(self: Arc<Self>, listener: TcpListener, closed: CancellationToken) {
         let tcp_settings = self.parts.tcp.clone();
-        listener::accept_loop(listener, closed, |tcp, addr| {
-            listener::prepare_accepted(&tcp, &tcp_settings);
+        tcp::accept_loop(listener, closed, |tcp, addr| {
+            tcp::prepare_accepted(&tcp, &tcp_settings);
             if !self.speaks_first(addr.ip()) {
                 return self.owner(tcp, Bytes::new(), addr);
             }

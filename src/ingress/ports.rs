@@ -12,7 +12,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Door, Ingress, listener};
+use super::{Door, Ingress};
+use crate::tcp;
 
 /// A port that was taken by somebody else is tried again after this.
 const RETRY: Duration = Duration::from_secs(2);
@@ -129,10 +130,10 @@ fn bind_all(
     for ip in addrs {
         let addr = SocketAddr::new(*ip, port);
         let only_v6 = ip.is_unspecified() && addrs.iter().any(IpAddr::is_ipv4);
-        match listener::bind(addr, only_v6, &ingress.parts.tcp) {
+        match tcp::bind(addr, only_v6, &ingress.parts.tcp) {
             Ok(listener) => listeners.push(listener),
             // A machine without IPv6 still serves the other family.
-            Err(error) if listener::lacks_family(&error) && addrs.len() > 1 => {}
+            Err(error) if tcp::lacks_family(&error) && addrs.len() > 1 => {}
             Err(error) => return Err((addr, error)),
         }
     }
