@@ -29,9 +29,13 @@ const REUSE: u64 = 60;
 /// Most tokens that are kept; beyond, all are forgotten at once.
 const KEPT_MAX: usize = 100_000;
 
-/// What origins commonly take for who somebody is, in lower case with `-` for `_`:
-/// names, or beginnings of them.
-const SPOOFS: [&str; 20] = [
+/// What programs take for what we say.
+const SPOOFS_OF_OURS: &[&str] = &["x-adit-", "adit-"];
+/// The same, and what origins commonly take for who somebody is, in lower case with
+/// `-` for `_`: names, or beginnings of them.
+const SPOOFS: [&str; 22] = [
+    "x-adit-",
+    "adit-",
     "x-forwarded-user",
     "x-forwarded-email",
     "x-forwarded-groups",
@@ -68,18 +72,8 @@ pub(super) fn strip_person(headers: &mut HeaderMap) {
 /// where the gate tells who somebody is, what origins commonly believe. Case and
 /// `_` for `-` make no difference, as they make none to origins.
 pub fn strip(headers: &mut HeaderMap, gated: bool) {
-    let begins = |name: &str, with: &str| {
-        let same = |a: u8, b: u8| a == b || (a == b'_' && b == b'-');
-        let (Some(start), Some(last)) = (name.as_bytes().get(..with.len()), with.as_bytes().last()) else {
-            return false;
-        };
-        // The last one first: it tells most of them apart.
-        start.last().is_some_and(|end| same(*end, *last)) && start.iter().zip(with.bytes()).all(|(a, b)| same(*a, b))
-    };
-    let fake = |name: &&HeaderName| {
-        let name = name.as_str();
-        begins(name, "x-adit-") || begins(name, "adit-") || (gated && SPOOFS.iter().any(|spoof| begins(name, spoof)))
-    };
+    let fakes = if gated { SPOOFS.as_slice() } else { SPOOFS_OF_OURS };
+    let fake = |name: &&HeaderName| is_fake(name.as_str().as_bytes(), fakes);
     if headers.keys().any(|name| fake(&name)) {
         let fakes: Vec<HeaderName> = headers.keys().filter(fake).cloned().collect();
         for name in fakes {
@@ -88,10 +82,46 @@ pub fn strip(headers: &mut HeaderMap, gated: bool) {
     }
 }
 
-/// What one visitor's requests tell one origin.
-type Told = Arc<[(HeaderName, HeaderValue)]>;
+/// Whether a name begins like one of these. Most names end at the first letter or,
+/// of those with `x-`, at the third.
+fn is_fake(name: &[u8], fakes: &[&str]) -> bool {
+    let same = |a: u8, b: u8| a == b || (a == b'_' && b == b'-');
+    let (Some(first @ (b'x' | b'a' | b'r' | b'c' | b't')), Some(third)) = (name.first(), name.get(2)) else {
+        return false;
+    };
+    fakes.iter().map(|fake| fake.as_bytes()).any(|fake| {
+        fake.first() == Some(first)
+            && fake.get(2).is_some_and(|b| same(*third, *b))
+            && name.get(..fake.len()).is_some_and(|start| start.iter().zip(fake).all(|(a, b)| same(*a, *b)))
+    })
+}
 
-/// Signs, and keeps what was signed for a minute.
+/// What one visitor's requests tell one origin.
+#[derive(Debug, Clone)]
+pub(super) struct Told {
+    at: Moment,
+    /// The key that signed.
+    kid: Option<KeyId>,
+    fields: Arc<[(HeaderName, HeaderValue)]>,
+}
+
+impl Told {
+    fn new(who: &Who, host: &str, issuer: &str, seals: Option<&Seals>, now: Moment) -> Self {
+        let token = seals.and_then(|seals| token(who, host, issuer, seals, now));
+        let fields = fields(who).into_iter().chain(token.map(|token| (JWT, token))).collect();
+        Self { at: now, kid: seals.and_then(|seals| seals.signing_kid(now)).cloned(), fields }
+    }
+
+    /// Whether it is told again: for a minute, and not past its key.
+    fn lasts(&self, seals: Option<&Seals>, now: Moment) -> bool {
+        now.0 < self.at.0 + REUSE
+            && now >= self.at
+            && self.kid.as_ref() == seals.and_then(|seals| seals.signing_kid(now))
+    }
+}
+
+/// Signs, and keeps what was signed for a minute: of a login in its session, which is
+/// one host's; of all others here.
 #[derive(Debug, Default)]
 pub(super) struct Assertions {
     hasher: RandomState,
@@ -103,8 +133,6 @@ struct Kept {
     kind: &'static str,
     name: String,
     host: String,
-    at: Moment,
-    kid: Option<KeyId>,
     told: Told,
 }
 
@@ -119,32 +147,47 @@ impl Assertions {
         seals: Option<&Seals>,
         now: Moment,
     ) {
-        if matches!(who, Who::Nobody) {
-            return;
-        }
-        for (name, value) in self.told(who, host, issuer, seals, now).iter() {
-            headers.insert(name.clone(), value.clone());
+        let anew = || Told::new(who, host, issuer, seals, now);
+        let fields = match who {
+            Who::Nobody => return,
+            Who::Session(session) => {
+                let mut told = session.told.0.lock();
+                let told = match &mut *told {
+                    Some(told) if told.lasts(seals, now) => told,
+                    told => told.insert(anew()),
+                };
+                Arc::clone(&told.fields)
+            }
+            Who::User { .. } | Who::Token { .. } => self.kept(who, host, seals, now, anew),
+        };
+        for (name, value) in fields.iter() {
+            headers.insert(name, value.clone());
         }
     }
 
-    fn told(&self, who: &Who, host: &str, issuer: &str, seals: Option<&Seals>, now: Moment) -> Told {
-        let (kind, name, kid) = (who.kind(), who.name(), seals.and_then(|seals| seals.signing_kid(now)));
+    fn kept(
+        &self,
+        who: &Who,
+        host: &str,
+        seals: Option<&Seals>,
+        now: Moment,
+        anew: impl FnOnce() -> Told,
+    ) -> Arc<[(HeaderName, HeaderValue)]> {
+        let (kind, name) = (who.kind(), who.name());
         let at = self.hasher.hash_one((kind, name, host));
         if let Some(kept) = self.kept.get(&at)
-            && (kept.kind, kept.name.as_str(), kept.host.as_str(), kept.kid.as_ref()) == (kind, name, host, kid)
-            && now.0 < kept.at.0 + REUSE
-            && now >= kept.at
+            && (kept.kind, kept.name.as_str(), kept.host.as_str()) == (kind, name, host)
+            && kept.told.lasts(seals, now)
         {
-            return Arc::clone(&kept.told);
+            return Arc::clone(&kept.told.fields);
         }
-        let token = seals.and_then(|seals| token(who, host, issuer, seals, now));
-        let told: Told = fields(who).into_iter().chain(token.map(|token| (JWT, token))).collect();
+        let told = anew();
         if self.kept.len() >= KEPT_MAX {
             self.kept.clear();
         }
-        let (name, host, kid) = (name.to_owned(), host.to_owned(), kid.cloned());
-        self.kept.insert(at, Kept { kind, name, host, at: now, kid, told: Arc::clone(&told) });
-        told
+        let fields = Arc::clone(&told.fields);
+        self.kept.insert(at, Kept { kind, name: name.to_owned(), host: host.to_owned(), told });
+        fields
     }
 }
 

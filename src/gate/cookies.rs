@@ -28,12 +28,27 @@ pub(super) fn named<'a>(headers: &'a HeaderMap, prefix: &'a str) -> impl Iterato
     pairs(headers).filter(move |(key, _)| key.starts_with(prefix))
 }
 
-/// Names and values; one that is not ASCII is none of ours, and hides no other.
+/// Names and values; one that is not text is none of ours, and hides no other.
 fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
     let lines = headers.get_all(COOKIE).iter();
-    lines.flat_map(|line| line.as_bytes().split(|b| *b == b';')).filter_map(|pair| {
-        let (key, value) = std::str::from_utf8(pair).ok()?.split_once('=')?;
-        Some((key.trim_ascii(), value.trim_ascii()))
+    lines.flat_map(|line| split(line.as_bytes())).filter_map(|pair| {
+        let (key, value) = pair.split_at_checked(memchr::memchr(b'=', pair)?)?;
+        let text = |bytes| std::str::from_utf8(bytes).ok().map(str::trim_ascii);
+        Some((text(key)?, text(value.get(1..)?)?))
+    })
+}
+
+/// A line's pairs.
+fn split(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = Some(line);
+    std::iter::from_fn(move || {
+        let line = rest?;
+        let (pair, after) = match memchr::memchr(b';', line) {
+            Some(end) => (line.get(..end), line.get(end + 1..)),
+            None => (Some(line), None),
+        };
+        rest = after;
+        pair
     })
 }
 
@@ -44,22 +59,21 @@ pub(super) fn strip(headers: &mut HeaderMap) {
     if !lines.any(|line| FINDER.find(line.as_bytes()).is_some()) {
         return;
     }
-    let lines: Vec<HeaderValue> = headers.get_all(COOKIE).iter().cloned().collect();
+    let mut lines = headers.get_all(COOKIE).iter().map(|line| without_ours(line.as_bytes()));
+    let first = lines.next().unwrap_or_default();
+    let more: Vec<Vec<u8>> = lines.collect();
     headers.remove(COOKIE);
-    for line in lines {
-        let kept = without_ours(line.as_bytes());
-        if !kept.is_empty()
-            && let Ok(kept) = HeaderValue::from_bytes(&kept)
-        {
-            headers.append(COOKIE, kept);
+    for line in std::iter::once(first).chain(more).filter(|line| !line.is_empty()) {
+        if let Ok(line) = HeaderValue::from_maybe_shared(bytes::Bytes::from(line)) {
+            headers.append(COOKIE, line);
         }
     }
 }
 
 /// A line's pairs but ours; bytes that are not text pass.
 fn without_ours(line: &[u8]) -> Vec<u8> {
-    let mut kept: Vec<u8> = Vec::with_capacity(line.len());
-    for pair in line.split(|b| *b == b';') {
+    let mut kept: Vec<u8> = Vec::new();
+    for pair in split(line) {
         if name_of(pair).starts_with(OURS.as_bytes()) {
             continue;
         }

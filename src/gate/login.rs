@@ -614,6 +614,7 @@ fn session_of(provider: &Provider, account: &Account, now: Moment) -> Session {
         auth_time: Some(now.0),
         seen: now.0,
         named: Default::default(),
+        told: Default::default(),
     }
 }
 

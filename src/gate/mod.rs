@@ -575,9 +575,10 @@ impl Gates {
         Pass { who, held, reseal, own_password, preflight: false, asks_identity: gate.asks_identity() }
     }
 
-    /// Changes the head of a request that passed, on its way to the origin.
-    pub fn tell_origin(&self, pass: &Pass, headers: &mut HeaderMap, host: &str) {
-        strip(headers, pass.asks_identity);
+    /// Takes out of the head of a request that passed what is not the origin's, or
+    /// could pass for what we say.
+    pub fn strip(&self, pass: &Pass, headers: &mut HeaderMap) {
+        assertion::strip(headers, pass.asks_identity);
         // A login outlasts the gate that asked for it.
         cookies::strip(headers);
         if !pass.asks_identity {
@@ -588,6 +589,13 @@ impl Gates {
         }
         if pass.own_password && headers.get_all(AUTHORIZATION).iter().any(is_basic) {
             headers.remove(AUTHORIZATION);
+        }
+    }
+
+    /// Tells the origin who asks, in the head of a request that passed.
+    pub fn tell_origin(&self, pass: &Pass, headers: &mut HeaderMap, host: &str) {
+        if !pass.asks_identity {
+            return;
         }
         let seals = self.logins.seals();
         self.assertions.tell(headers, &pass.who, host, &self.issuer, seals.as_deref(), Moment::now());

@@ -6,8 +6,10 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use aws_lc_rs::digest;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use super::assertion::Told;
 use super::identity::Identity;
 use crate::logins::Logins;
 use crate::model::gate::{Asks, Gate, Oidc, PathRule};
@@ -50,7 +52,28 @@ pub struct Session {
     /// What a revocation may name it by; made when first asked for.
     #[serde(skip)]
     pub(super) named: OnceLock<Vec<Whose>>,
+    /// What origins were told of it last.
+    #[serde(skip)]
+    pub(super) told: LastTold,
 }
+
+/// What origins were told of a login last: no part of what it is.
+#[derive(Default)]
+pub(super) struct LastTold(pub(super) Mutex<Option<Told>>);
+
+impl Clone for LastTold {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for LastTold {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for LastTold {}
 
 /// Fields that are text in the cookie.
 mod text {
@@ -162,6 +185,7 @@ impl Session {
             auth_time: identity.auth_time,
             seen: now.0,
             named: OnceLock::new(),
+            told: LastTold::default(),
         }
     }
 
@@ -293,6 +317,7 @@ mod tests {
             auth_time: None,
             seen: 1000,
             named: OnceLock::new(),
+            told: LastTold::default(),
         }
     }
 

@@ -215,6 +215,8 @@ impl<D: Dial> Http<D> {
         protocol = protocol.filter(|_| upload.is_end_stream());
         let visitor_side = protocol.is_some().then(|| parts.extensions.remove::<OnUpgrade>()).flatten();
         let key = tunnelled.then(websocket::new_key);
+        // Before anything is added: there is less to look through.
+        self.gates.strip(pass, &mut parts.headers);
         headers::rewrite_request(
             &mut parts.headers,
             &Rewrite {
