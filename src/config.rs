@@ -15,6 +15,7 @@ use crate::drain::DrainSettings;
 use crate::feed::settings::EtcdSettings;
 use crate::feed::store::StoreSettings;
 use crate::fields::{Fields, Mistake};
+use crate::fleet::FleetSettings;
 use crate::gate::GateSettings;
 use crate::http::HttpSettings;
 use crate::ingress::IngressSettings;
@@ -54,6 +55,8 @@ pub struct Config {
     pub store: StoreSettings,
     /// `[etcd]`: the feed of a fleet.
     pub etcd: EtcdSettings,
+    /// `[fleet]`: how its nodes reach each other.
+    pub fleet: FleetSettings,
     /// `[dial]`: the way to an origin.
     pub dial: DialSettings,
     /// `[drain]`: the stepwise shutdown.
@@ -80,6 +83,7 @@ impl Config {
             ssh: section(f, "ssh", tunnel::SshSettings::read),
             store: section(f, "store", StoreSettings::read),
             etcd: section(f, "etcd", EtcdSettings::read),
+            fleet: section(f, "fleet", FleetSettings::read),
             dial: section(f, "dial", DialSettings::read),
             drain: section(f, "drain", DrainSettings::read),
             control: section(f, "control", ControlSettings::read),
@@ -103,6 +107,9 @@ impl Config {
             }
             seen.push((key, addr));
         }
+        if !self.fleet.listen.is_empty() && self.etcd.endpoints.is_empty() {
+            f.mistake("fleet.listen", "there is no fleet".into(), "write etcd.endpoints, or leave it out".into());
+        }
         if self.tls.make_certificate && self.node.domain.is_none() {
             f.mistake("tls.make_certificate", "has no name to make one for".into(), "write node.domain".into());
         }
@@ -115,6 +122,7 @@ impl Config {
             ("ingress.https", &self.ingress.https),
             ("ssh.listen", &self.ssh.listen),
             ("control.listen", &self.control.listen),
+            ("fleet.listen", &self.fleet.listen),
         ]
         .into_iter()
         .flat_map(|(key, addrs)| addrs.iter().map(move |addr| (key, *addr)))

@@ -11,6 +11,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use adit::config::{Config, LogFormat, LogSettings};
 use adit::fields::Mistake;
+use adit::fleet::authority;
+use adit::model::NodeId;
 use adit::node;
 
 /// The node ran and then failed.
@@ -52,7 +54,25 @@ enum Command {
     /// Check a settings file: tells every mistake at once, each with its key and how to mend it
     #[command(after_help = "Exit codes: 0 the file is good, 2 it has mistakes")]
     Check,
+    /// Make certificates by which the nodes of a fleet know each other
+    #[command(after_help = CA_HELP)]
+    Ca {
+        /// The nodes, by their node.name
+        #[arg(required = true, value_name = "NODE")]
+        nodes: Vec<NodeId>,
+        /// Folder of the CA, made if there is none; keep ca.key there, and bring the rest to the nodes
+        #[arg(long, value_name = "DIR", default_value = "fleet-ca")]
+        dir: PathBuf,
+        /// How long the nodes' certificates last
+        #[arg(long, default_value_t = 365)]
+        days: u32,
+    },
 }
+
+const CA_HELP: &str = "\
+Each node gets ca.pem and its own NODE.pem and NODE.key, named by fleet.ca, fleet.certificate
+and fleet.key of its settings. To renew, run it again, copy the files and send SIGHUP.
+Exit codes: 0 made, 2 the arguments or files are wrong";
 
 const AFTER: &str = "\
 Try it:
@@ -65,6 +85,9 @@ Exit codes: 0 ended as told, 1 failed while running, 2 wrong arguments or settin
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(Command::Ca { nodes, dir, days }) = &arguments.command {
+        return make_certificates(nodes, dir, *days);
+    }
     let NodeArguments { state, config } = arguments.node;
     let loaded = match (&arguments.command, &config) {
         (None, None) => Config::dev(),
@@ -94,6 +117,19 @@ fn main() -> ExitCode {
         settings.node.state = state;
     }
     run(settings)
+}
+
+fn make_certificates(nodes: &[NodeId], dir: &Path, days: u32) -> ExitCode {
+    for node in nodes {
+        match authority::make(dir, node, days) {
+            Ok([certificate, key]) => println!("{}\n{}", certificate.display(), key.display()),
+            Err(why) => {
+                eprintln!("adit: {why}");
+                return ExitCode::from(BAD_SETTINGS);
+            }
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 fn run(settings: Config) -> ExitCode {

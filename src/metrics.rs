@@ -47,6 +47,15 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
         Unit::Count,
         "Requests to login providers, by provider, its kind, what was asked for (metadata, keys, token, userinfo, api) and outcome: ok, refused (another status), failed (no answer)",
     ),
+    ("adit_tunnels_ejected_total", Unit::Count, "Times that a tunnel which failed was left alone for a while"),
+    (
+        "adit_fleet_opens_total",
+        Unit::Count,
+        "Streams asked for at other nodes, by connection: kept ready, or new",
+    ),
+    ("adit_fleet_bytes_total", Unit::Bytes, "Bytes of other nodes' visitors, by direction: up = towards the origin"),
+    ("adit_fleet_lines_dropped_total", Unit::Count, "Lines for owners at other nodes that the link could not take"),
+    ("adit_relay_spliced_bytes_total", Unit::Bytes, "Relayed bytes that stayed in the kernel"),
     ("adit_port_bind_failures_total", Unit::Count, "Sockets' own ports that could not be opened"),
 ];
 
@@ -71,6 +80,7 @@ const GAUGES: &[(&str, Unit, &str)] = &[
     ("adit_origin_connections_kept", Unit::Count, "Connections to origins that wait for a request"),
     ("adit_tunnels_attached", Unit::Count, "Tunnels that live sessions serve, standbys included"),
     ("adit_sessions", Unit::Count, "SSH sessions logged in"),
+    ("adit_fleet_streams", Unit::Count, "Visitors between nodes, by side: entry, or owner of the tunnel"),
     ("adit_fleet_nodes", Unit::Count, "Nodes of the fleet that live"),
     ("adit_fleet_locations", Unit::Count, "Tunnels that nodes of the fleet told of"),
     ("adit_ready", Unit::Count, "1 while the node takes visitors"),
@@ -185,7 +195,7 @@ pub fn visit(visit: &Visit) {
         )*};
     }
     let legs = &visit.legs;
-    legs!("tls": legs.tls, "route": legs.route, "dial": legs.dial, "first_byte": visit.first_byte, "total": Some(visit.total));
+    legs!("tls": legs.tls, "route": legs.route, "dial": legs.dial, "tunnel": legs.tunnel, "first_byte": visit.first_byte, "total": Some(visit.total));
 }
 
 /// Sets the gauges of this process, as the kernel tells them.

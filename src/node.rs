@@ -24,7 +24,7 @@ use crate::feed::records::{RecordSettings, Records};
 use crate::feed::settings::EtcdSettings;
 use crate::feed::store::Store;
 use crate::feed::{self, Feed, Subscription};
-use crate::fleet::Fleet;
+use crate::fleet::{self, Fleet};
 use crate::gate::{self, Gates};
 use crate::http::{Http, HttpSettings};
 use crate::ingress::{self, Door, Ingress, Ports};
@@ -169,14 +169,18 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     // The fleet, where the feed is one.
     let fleet = match &engine {
         Engine::Store(_) => None,
-        Engine::Elsewhere(_) => Some(join_fleet(&config, &feed, &tunnels)?),
+        Engine::Elsewhere(_) => Some(join_fleet(&config, &feed, &tunnels, bound.fleet.clone())?),
     };
     if let Some(fleet) = &fleet {
         tasks.spawn(Arc::clone(fleet).run(stop.clone()));
+        let door = fleet::Door::new(Arc::clone(fleet), config.relay.clone(), stages.clone());
+        for listener in listeners.fleet {
+            tasks.spawn(Arc::clone(&door).open(listener, stop.clone()));
+        }
     }
 
     // Visitors and their path.
-    let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), config.dial.clone()));
+    let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), fleet.clone(), config.dial.clone()));
     let http = HttpSettings { public_https_port: urls.https_port.unwrap_or(443), ..config.http.clone() };
     let parts = gate::Parts {
         logins,
@@ -264,7 +268,8 @@ pub async fn run(config: Config) -> Result<(), Failure> {
                     if let Some(log) = visit_log::access_log() {
                         log.reopen();
                     }
-                    match certificates.reload(&config.tls) {
+                    let fleet = fleet.as_ref().map_or(Ok(()), |fleet| fleet.reload());
+                    match certificates.reload(&config.tls).and(fleet) {
                         Ok(()) => tracing::info!("certificates read again"),
                         Err(error) => tracing::error!(%error, "certificates not read again; the former ones stay"),
                     }
@@ -275,6 +280,9 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     }
     ready.store(false, Ordering::Release);
     metrics::gauge!("adit_ready").set(0.0);
+    if let Some(fleet) = &fleet {
+        fleet.drain();
+    }
     let hurry = CancellationToken::new();
     let hurrying = async {
         while signals.next().await != Told::End {}
@@ -361,10 +369,24 @@ impl Engine {
 }
 
 /// This node's part in the fleet: by its name, which no other node has.
-fn join_fleet(config: &Config, feed: &Arc<dyn Feed>, tunnels: &Arc<Tunnels>) -> Result<Arc<Fleet>, Failure> {
+fn join_fleet(
+    config: &Config,
+    feed: &Arc<dyn Feed>,
+    tunnels: &Arc<Tunnels>,
+    bound: Vec<SocketAddr>,
+) -> Result<Arc<Fleet>, Failure> {
     let name = config.node.name();
-    let me = name.parse().map_err(|why| Failure::Start(format!("node.name: \"{name}\" {why}")))?;
-    Fleet::new(me, Arc::clone(feed), Arc::clone(tunnels)).map_err(Failure::Start)
+    let parts = fleet::Parts {
+        me: name.parse().map_err(|why| Failure::Start(format!("node.name: \"{name}\" {why}")))?,
+        feed: Arc::clone(feed),
+        tunnels: Arc::clone(tunnels),
+        settings: config.fleet.clone(),
+        bound,
+        tcp: config.tcp.clone(),
+        // Without certificates etcd asks nobody who they are.
+        control: config.etcd.control_certificate.is_some() || config.etcd.certificate.is_none(),
+    };
+    Fleet::new(parts).map_err(Failure::Start)
 }
 
 #[cfg(feature = "etcd")]
@@ -531,6 +553,7 @@ struct Bound {
     https: Vec<SocketAddr>,
     ssh: Vec<SocketAddr>,
     control: Vec<SocketAddr>,
+    fleet: Vec<SocketAddr>,
 }
 
 impl Bound {
@@ -541,6 +564,7 @@ impl Bound {
             "https": texts(&self.https),
             "ssh": texts(&self.ssh),
             "control": texts(&self.control),
+            "fleet": texts(&self.fleet),
         })
     }
 }
@@ -550,6 +574,7 @@ struct Listeners {
     visitors: Vec<(Door, TcpListener)>,
     owners: Vec<TcpListener>,
     control: Vec<TcpListener>,
+    fleet: Vec<TcpListener>,
 }
 
 impl Listeners {
@@ -562,6 +587,7 @@ impl Listeners {
             visitors: http.chain(https).collect(),
             owners: bind("ssh.listen", &config.ssh.listen, config)?,
             control: bind("control.listen", &config.control.listen, config)?,
+            fleet: bind("fleet.listen", &config.fleet.listen, config)?,
         })
     }
 
@@ -575,6 +601,7 @@ impl Listeners {
             https: door(Door::Https),
             ssh: self.owners.iter().filter_map(local).collect(),
             control: self.control.iter().filter_map(local).collect(),
+            fleet: self.fleet.iter().filter_map(local).collect(),
         }
     }
 }

@@ -5,7 +5,7 @@
 mod inside;
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use dashmap::DashMap;
@@ -35,6 +35,8 @@ pub struct Route {
 #[derive(Debug, Default)]
 pub struct RouteState {
     turn: AtomicUsize,
+    /// The tunnel that was the nearest last, by a hash of its id.
+    pub nearest: AtomicU64,
     /// Visitors connected to this socket now.
     pub visitors: Arc<AtomicUsize>,
 }
@@ -78,14 +80,12 @@ impl Route {
             _ => Err(Error::ClientCertificate),
         }
     }
+}
 
-    /// The tunnels in the order in which this visit should try them: round
-    /// robin over visits.
-    pub fn tunnels_in_turn(&self) -> impl Iterator<Item = &TunnelId> {
-        let turn = self.state.turn.fetch_add(1, Ordering::Relaxed);
-        let split = turn.checked_rem(self.tunnels.len()).unwrap_or(0);
-        let (before, after) = self.tunnels.split_at(split);
-        after.iter().chain(before)
+impl RouteState {
+    /// Which visit this is, so that several tunnels take turns.
+    pub fn turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed)
     }
 }
 
@@ -429,17 +429,18 @@ mod tests {
     }
 
     #[test]
-    fn tunnels_take_turns_and_follow_their_records() {
+    fn tunnels_follow_their_records_and_turns_outlast_them() {
         let routes = Routes::default();
         let (one, two): (TunnelId, TunnelId) = ("t1".parse().unwrap(), "t2".parse().unwrap());
         routes.put_tunnel(Tunnel::new(one.clone(), "a".parse().unwrap()));
         routes.put_socket(socket("a", SocketType::Http, &["a.test"], &[]));
         routes.put_tunnel(Tunnel::new(two.clone(), "a".parse().unwrap()));
-        let firsts: Vec<_> =
-            (0..4).map(|_| routes.by_host("a.test").unwrap().tunnels_in_turn().next().cloned().unwrap()).collect();
-        assert_eq!(firsts, [one.clone(), two.clone(), one.clone(), two.clone()]);
+        assert_eq!(routes.by_host("a.test").unwrap().tunnels, [one.clone(), two.clone()]);
+        let turns = [routes.by_host("a.test").unwrap().state.turn(), routes.by_host("a.test").unwrap().state.turn()];
+        assert_eq!(turns, [0, 1]);
         routes.remove_tunnel(&one);
         assert_eq!(routes.by_host("a.test").unwrap().tunnels, [two]);
+        assert_eq!(routes.by_host("a.test").unwrap().state.turn(), 2);
     }
 
     fn with_gate(gate: serde_json::Value) -> Socket {

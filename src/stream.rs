@@ -10,6 +10,8 @@ use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::limits::Permit;
+
 /// What a stream must be able to do besides moving bytes.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {
     /// Ends the stream so that the far end can tell it from a clean end
@@ -38,17 +40,19 @@ enum Io {
 pub struct Stream {
     head: Bytes,
     io: Io,
+    /// Counted for as long as it is open.
+    place: Option<Permit>,
 }
 
 impl Stream {
     /// A bare TCP connection: relayed by splice where the other end is one too.
     pub fn tcp(tcp: TcpStream) -> Self {
-        Self { head: Bytes::new(), io: Io::Tcp(tcp) }
+        Self { head: Bytes::new(), io: Io::Tcp(tcp), place: None }
     }
 
     /// Anything that is not a bare TCP connection.
     pub fn other(io: impl Duplex + 'static) -> Self {
-        Self { head: Bytes::new(), io: Io::Other(Box::new(io)) }
+        Self { head: Bytes::new(), io: Io::Other(Box::new(io)), place: None }
     }
 
     /// Puts bytes back in front of what is still to be read.
@@ -56,6 +60,13 @@ impl Stream {
     pub fn with_head(mut self, head: Bytes) -> Self {
         debug_assert!(self.head.is_empty(), "a head is put back once");
         self.head = head;
+        self
+    }
+
+    /// Holds a place for as long as it is open.
+    #[must_use]
+    pub fn holding(mut self, place: Permit) -> Self {
+        self.place = Some(place);
         self
     }
 

@@ -60,6 +60,16 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// Which key it is of.
+    pub fn key(&self) -> &str {
+        match self {
+            Self::Put(entry) => &entry.key,
+            Self::Delete { key, .. } => key,
+        }
+    }
+}
+
 /// What a subscriber sees, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {

@@ -2,24 +2,48 @@
 //! which tunnels are logged in where. One leased key says that a node lives; its
 //! locations are plain keys that count only beside it, so that a node's death is one
 //! event, however many tunnels it had. `table` decides where a tunnel is, `presence`
-//! tells what is here, this file follows what others tell.
+//! tells what is here, this file follows what others tell; by a `peer` this node
+//! reaches another one's tunnels, and by the `door` others reach those of this one.
 
+pub mod authority; // the CA of its nodes
+mod door;
+mod identity;
+mod peer;
 mod presence;
 mod record;
+mod settings;
 mod table;
+mod wire;
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use parking_lot::RwLock;
+use dashmap::DashMap;
+use parking_lot::{Mutex, RwLock};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+pub use self::door::Door;
+pub use self::peer::Peer;
+pub use self::settings::{Coordinates, FleetSettings};
+pub use self::table::Place;
+#[doc(hidden)]
+pub use self::wire::fuzz as fuzz_wire;
+
+use self::identity::Identity;
+use self::peer::{Means, Refused};
 use self::record::{Location, NodeRecord};
 use self::table::Table;
+use self::wire::Open;
+use crate::error::Error;
 use crate::feed::{Change, Entry, Event, Feed, Subscription};
-use crate::model::{NodeId, TunnelId};
+use crate::limits::Permit;
+use crate::model::{NodeId, SocketId, TunnelId, Visitor};
+use crate::stream::Stream;
+use crate::tcp::TcpSettings;
 use crate::tunnel::Tunnels;
 
 /// Who lives: under a lease.
@@ -34,36 +58,201 @@ pub struct Fleet {
     boot: String,
     feed: Arc<dyn Feed>,
     tunnels: Arc<Tunnels>,
+    means: Arc<Means>,
+    /// Where others reach this node.
+    addresses: Vec<std::net::SocketAddr>,
+    /// Whether its API writes records.
+    control: bool,
     table: RwLock<Table>,
-    /// Our own key is gone from the feed.
+    peers: DashMap<NodeId, Arc<Peer>>,
+    /// Those whose links are held.
+    linked: Mutex<HashMap<NodeId, CancellationToken>>,
+    /// The session that others were told of, of each tunnel that is here.
+    told: DashMap<TunnelId, u64>,
+    next_place: AtomicU64,
+    draining: AtomicBool,
+    /// Our own key is gone from the feed, or is to be told anew.
     lost: Notify,
 }
 
-/// Where a tunnel is logged in.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    /// The node.
-    pub node: NodeId,
-    /// The order of its login: the highest serves, the others stand by.
-    pub order: u64,
+/// What a fleet is made of.
+pub struct Parts {
+    /// The node's name, which no other one of the fleet has.
+    pub me: NodeId,
+    /// Where nodes tell each other.
+    pub feed: Arc<dyn Feed>,
+    /// What is logged in here.
+    pub tunnels: Arc<Tunnels>,
+    /// How nodes reach each other.
+    pub settings: FleetSettings,
+    /// Where this node is reached: the listeners as they are bound.
+    pub bound: Vec<std::net::SocketAddr>,
+    /// Of what connects nodes.
+    pub tcp: TcpSettings,
+    /// Whether this node's API writes records.
+    pub control: bool,
 }
 
+/// A visitor who is to be taken to another node.
+#[derive(Debug, Clone, Copy)]
+pub struct Errand<'a> {
+    /// The socket that they came to.
+    pub socket: &'a SocketId,
+    /// Who it is.
+    pub visitor: &'a Visitor,
+    /// What the visit is called in logs.
+    pub id: &'a str,
+}
+
+/// Numbers of places are above those of sessions.
+const PLACES: u64 = 1 << 63;
+
 impl Fleet {
-    /// The fleet as node `me` sees it.
+    /// The fleet as this node sees it.
     ///
     /// # Errors
-    /// The system has no random bytes.
-    pub fn new(me: NodeId, feed: Arc<dyn Feed>, tunnels: Arc<Tunnels>) -> Result<Arc<Self>, String> {
+    /// The system has no random bytes; a file of the settings cannot be used.
+    pub fn new(parts: Parts) -> Result<Arc<Self>, String> {
         let mut boot = [0; 8];
         aws_lc_rs::rand::fill(&mut boot).map_err(|_| "the system has no random bytes".to_owned())?;
-        let boot = data_encoding::HEXLOWER.encode(&boot);
-        let (table, lost) = (RwLock::default(), Notify::new());
-        Ok(Arc::new(Self { me, boot, feed, tunnels, table, lost }))
+        let Parts { me, feed, tunnels, settings, bound, tcp, control } = parts;
+        let identity = Identity::new(&settings).map_err(|why| format!("[fleet] {why}"))?;
+        let addresses = if settings.advertise.is_empty() { bound } else { settings.advertise.clone() };
+        Ok(Arc::new(Self {
+            boot: data_encoding::HEXLOWER.encode(&boot),
+            feed,
+            tunnels,
+            means: Arc::new(Means { me: me.clone(), settings, tcp, identity }),
+            me,
+            addresses,
+            control,
+            table: RwLock::default(),
+            peers: DashMap::new(),
+            linked: Mutex::default(),
+            told: DashMap::new(),
+            next_place: AtomicU64::new(PLACES),
+            draining: AtomicBool::new(false),
+            lost: Notify::new(),
+        }))
+    }
+
+    /// This node's name.
+    pub fn me(&self) -> &NodeId {
+        &self.me
     }
 
     /// Where a tunnel is, the latest login first.
-    pub fn places(&self, tunnel: &TunnelId) -> Vec<Place> {
+    pub fn places(&self, tunnel: &TunnelId) -> Vec<Arc<Place>> {
         self.table.read().places(tunnel)
+    }
+
+    /// Whether the fleet was told of this session as the one that serves a tunnel here.
+    pub fn knows(&self, tunnel: &TunnelId, session: u64) -> bool {
+        self.told.get(tunnel).is_some_and(|told| *told == session)
+    }
+
+    /// Where a tunnel is that is not here.
+    fn elsewhere(&self, tunnel: &TunnelId) -> Option<NodeId> {
+        self.places(tunnel).iter().map(|place| place.node.clone()).find(|node| *node != self.me)
+    }
+
+    /// Opens a stream to a tunnel at another node; how long its origin took there. A
+    /// node that denies it is not asked again before it tells of it anew.
+    ///
+    /// # Errors
+    /// `NoTunnel`: it is not there; what the node says of the tunnel; `TunnelLost`: the
+    /// node cannot be reached.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: what opens after the caller has left is closed.
+    pub async fn open(&self, place: &Place, errand: Errand<'_>) -> Result<(Stream, Duration), Error> {
+        let Some(peer) = &place.peer else { return Err(Error::NoTunnel) };
+        let open = Open {
+            tunnel: place.tunnel.clone(),
+            login: place.order,
+            socket: errand.socket.clone(),
+            visitor: *errand.visitor,
+            id: errand.id.to_owned(),
+        };
+        let open = peer.open(open).await.map(|(stream, took)| match Permit::take(&place.streams, usize::MAX) {
+            Some(visitor) => (stream.holding(visitor), took),
+            None => (stream, took),
+        });
+        open.map_err(|refused| match refused {
+            Refused::NotHere(hint) => {
+                tracing::debug!(tunnel = %place.tunnel, node = %place.node, ?hint, "the tunnel is not there");
+                place.deny();
+                Error::NoTunnel
+            }
+            Refused::Failed(error) => error,
+            Refused::Unreachable => Error::TunnelLost,
+        })
+    }
+
+    /// What a way to a node costs before it is measured: 3 ms and what light in glass
+    /// takes for half as far again as over the ground; 150 ms where that is not known.
+    fn guess(&self, node: &NodeId) -> Duration {
+        const UNKNOWN: Duration = Duration::from_millis(150);
+        let there = self.table.read().node(node).and_then(NodeRecord::place);
+        let Some((here, there)) = self.means.settings.place.zip(there) else { return UNKNOWN };
+        Duration::from_secs_f64(0.003 + here.kilometres(there) * 1.5 * 2.0 / 200_000.0)
+    }
+
+    /// The round trip to a place's node, measured or guessed; none for this one.
+    pub fn round_trip(&self, place: &Place) -> Duration {
+        match &place.peer {
+            None => Duration::ZERO,
+            Some(peer) => peer.round_trip().unwrap_or_else(|| self.guess(&place.node)),
+        }
+    }
+
+    /// Tells the others that this node is about to leave.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+        self.lost.notify_one();
+    }
+
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::SeqCst)
+    }
+
+    /// Reads certificates again.
+    ///
+    /// # Errors
+    /// Which file, and why; the former ones stay.
+    pub fn reload(&self) -> Result<(), String> {
+        self.means.identity.reload(&self.means.settings)
+    }
+
+    /// The node of this name, as it is reached; none for this one.
+    fn peer(&self, id: &NodeId) -> Option<Arc<Peer>> {
+        if *id == self.me {
+            return None;
+        }
+        let peer = self.peers.entry(id.clone()).or_insert_with(|| Peer::new(id.clone(), Arc::clone(&self.means)));
+        Some(Arc::clone(&peer))
+    }
+
+    /// Holds links to the nodes that live and take others' visitors, and no others.
+    fn link(&self, stop: &CancellationToken) {
+        let mut linked = self.linked.lock();
+        let table = self.table.read();
+        linked.retain(|id, held| {
+            let lives = table.node(id).is_some_and(|node| !node.addresses.is_empty());
+            if !lives {
+                held.cancel();
+            }
+            lives
+        });
+        for (id, node, _) in table.nodes().filter(|(_, node, _)| !node.addresses.is_empty()) {
+            let Some(peer) = self.peer(id) else { continue };
+            peer.told(&node.addresses, node.draining);
+            if !linked.contains_key(id) {
+                let held = stop.child_token();
+                tokio::spawn(peer.run(held.clone()));
+                linked.insert(id.clone(), held);
+            }
+        }
     }
 
     /// Tells what is here, and follows what others tell, until `stop`; then says
@@ -84,16 +273,22 @@ impl Fleet {
                 Some(Event::Reset { at, state }) => {
                     let mut table = Table::default();
                     table.begin(at.epoch);
-                    state.iter().for_each(|entry| Self::put(&mut table, entry));
+                    state.iter().for_each(|entry| self.put(&mut table, entry));
                     *self.table.write() = table;
+                    self.link(&stop);
                     self.check_own();
                 }
                 Some(Event::Batch { changes, .. }) => {
                     let now = SystemTime::now();
+                    let mut nodes = false;
                     for change in changes {
+                        nodes |= change.key().starts_with(NODES);
                         self.apply(&change, now);
                     }
-                    self.check_own();
+                    if nodes {
+                        self.link(&stop);
+                        self.check_own();
+                    }
                 }
                 Some(Event::Live { .. }) => self.check_own(),
                 // What was told still holds: routes are served stale.
@@ -108,7 +303,7 @@ impl Fleet {
     fn apply(&self, change: &Change, now: SystemTime) {
         match change {
             Change::Put(entry) => {
-                Self::put(&mut self.table.write(), entry);
+                self.put(&mut self.table.write(), entry);
                 if let Some((node, _)) = location_key(&entry.key)
                     && node != self.me.as_str()
                     && let Some(told) = Location::read(&entry.value)
@@ -130,13 +325,17 @@ impl Fleet {
     }
 
     /// Takes a record in; one that cannot be read leaves the last good one.
-    fn put(table: &mut Table, entry: &Entry) {
+    fn put(&self, table: &mut Table, entry: &Entry) {
         let known = if let Some(node) = entry.key.strip_prefix(NODES) {
             node.parse().ok().zip(NodeRecord::read(&entry.value)).map(|(id, node)| table.put_node(id, node))
         } else {
             let ids = location_key(&entry.key).and_then(|(node, tunnel)| node.parse().ok().zip(tunnel.parse().ok()));
             ids.zip(Location::read(&entry.value))
-                .map(|((node, tunnel), location)| table.put_location(node, tunnel, location, entry.rev))
+                .map(|((node, tunnel), location)| {
+                    let next_id = || self.next_place.fetch_add(1, Ordering::Relaxed);
+                    let peer = self.peer(&node);
+                    table.put_location((node, peer), tunnel, location, entry.rev, next_id);
+                })
         };
         if known.is_none() {
             metrics::counter!("adit_feed_records_refused_total", "kind" => "live").increment(1);
@@ -156,11 +355,18 @@ impl Fleet {
     pub fn status(&self) -> Value {
         let table = self.table.read();
         let node = |(id, node, tunnels): (&NodeId, &NodeRecord, usize)| {
+            let peer = self.peers.get(id).map(|peer| Arc::clone(&peer));
+            let trip = peer.as_ref().and_then(|peer| peer.round_trip());
             json!({
                 "node": id.as_str(),
                 "version": node.version,
                 "draining": node.draining,
                 "tunnels": tunnels,
+                "addresses": node.addresses,
+                "place": node.place().map(|place| place.to_string()),
+                "control": node.control,
+                "linked": peer.as_ref().map(|peer| peer.is_up()),
+                "round_trip_ms": trip.map(|trip| (trip.as_secs_f64() * 1e6).round() / 1e3),
             })
         };
         json!({ "nodes": table.nodes().map(node).collect::<Vec<_>>(), "locations": table.size().1 })

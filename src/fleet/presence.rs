@@ -43,7 +43,7 @@ pub(super) async fn run(fleet: &Fleet, stop: CancellationToken) {
             let failed = match register(fleet, &mut said).await {
                 Ok(registered) => {
                     // The former lease ends here, when the key is under this one.
-                    let registered: &Registered = present.insert(registered);
+                    let registered: &mut Registered = present.insert(registered);
                     // All that is here is told once more.
                     said.serving.clear();
                     tell_all(fleet, &mut said, registered).await
@@ -70,9 +70,10 @@ fn node_key(fleet: &Fleet) -> String {
 
 /// The node's key, as it was put in.
 struct Registered {
-    _lease: Lease,
+    lease: Lease,
     rev: u64,
     epoch: String,
+    draining: bool,
 }
 
 impl Registered {
@@ -81,6 +82,15 @@ impl Registered {
     fn guarded(&self, fleet: &Fleet, ops: Vec<Op>) -> Txn {
         Txn { expect: vec![(node_key(fleet), Expect::Rev(self.rev))], ops }
     }
+}
+
+/// What the node tells of itself.
+fn put_node(fleet: &Fleet, lease: &Lease, draining: bool) -> Op {
+    let mut node = NodeRecord::new(&fleet.boot).at(fleet.means.settings.place);
+    node.draining = draining;
+    node.addresses.clone_from(&fleet.addresses);
+    node.control = fleet.control;
+    Op::Put { key: node_key(fleet), value: node.to_text(), lease: Some(lease.id) }
 }
 
 /// Takes out what an earlier run left, and puts the node in.
@@ -104,10 +114,10 @@ async fn register(fleet: &Fleet, said: &mut Said) -> Result<Registered, WriteErr
             said.logins.entry((tunnel, session.id)).or_insert((entry.rev, epoch.clone()));
         }
     }
-    let value = serde_json::to_string(&NodeRecord::new(&fleet.boot, false)).unwrap_or_default();
-    let put = Op::Put { key: node_key(fleet), value, lease: Some(lease.id) };
+    let draining = fleet.is_draining();
+    let put = put_node(fleet, &lease, draining);
     let rev = fleet.feed.commit(Txn { expect: Vec::new(), ops: vec![put] }).await?;
-    let registered = Registered { _lease: lease, rev, epoch };
+    let registered = Registered { lease, rev, epoch, draining };
     for chunk in left.chunks(TOGETHER) {
         let ops = chunk.iter().map(|key| Op::Delete { key: key.clone() }).collect();
         fleet.feed.commit(registered.guarded(fleet, ops)).await?;
@@ -118,11 +128,18 @@ async fn register(fleet: &Fleet, said: &mut Said) -> Result<Registered, WriteErr
 
 /// Tells of all tunnels that are here, and of each that changes, until the feed
 /// refuses or the node's key is lost.
-async fn tell_all(fleet: &Fleet, said: &mut Said, registered: &Registered) -> WriteError {
+async fn tell_all(fleet: &Fleet, said: &mut Said, registered: &mut Registered) -> WriteError {
     let mut dirty: HashSet<TunnelId> = fleet.tunnels.live().into_keys().collect();
     let (began, mut was_known) = (Instant::now(), false);
     loop {
         dirty.extend(fleet.tunnels.take_changes());
+        if fleet.is_draining() && !registered.draining {
+            let told = registered.guarded(fleet, vec![put_node(fleet, &registered.lease, true)]);
+            match fleet.feed.commit(told).await {
+                Ok(rev) => (registered.rev, registered.draining) = (rev, true),
+                Err(error) => return error,
+            }
+        }
         if !dirty.is_empty() {
             if let Err(error) = tell(fleet, &mut dirty, said, registered).await {
                 return error;
@@ -167,7 +184,13 @@ async fn tell(
             Some(session) => {
                 let login = (tunnel.clone(), session.id);
                 let (first, of) = said.logins.get(&login).cloned().unwrap_or_default();
-                let location = Location { boot: fleet.boot.clone(), login: first, epoch: of, since: session.since };
+                let location = Location {
+                    boot: fleet.boot.clone(),
+                    login: first,
+                    epoch: of,
+                    since: session.since,
+                    round_trip: session.rtt(),
+                };
                 ops.push(Op::Put { key, value: location.to_text(), lease: None });
                 told.push((login, first == 0));
             }
@@ -183,6 +206,7 @@ async fn tell(
         // What was written, whatever has changed since: that is dirty again.
         for tunnel in gone {
             said.serving.remove(&tunnel);
+            fleet.told.remove(&tunnel);
         }
         for ((tunnel, session), first) in told {
             let order = || (rev, registered.epoch.clone());
@@ -193,6 +217,7 @@ async fn tell(
             if first {
                 said.logins.insert((tunnel.clone(), session), order());
             }
+            fleet.told.insert(tunnel.clone(), session);
             said.serving.insert(tunnel, session);
         }
     }

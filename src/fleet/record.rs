@@ -1,12 +1,15 @@
 //! The records that nodes write of themselves: JSON, with fields of later versions
 //! left alone.
 
+use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::settings::Coordinates;
+
 /// `live/node/<node>`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct NodeRecord {
     v: u32,
     /// This run of it.
@@ -17,15 +20,38 @@ pub(super) struct NodeRecord {
     /// Whether it is about to leave.
     #[serde(default)]
     pub(super) draining: bool,
+    /// Where other nodes reach it, the best one first.
+    #[serde(default)]
+    pub(super) addresses: Vec<SocketAddr>,
+    /// Where it is: degrees north and east.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    place: Option<(f64, f64)>,
+    /// Whether its API writes records.
+    #[serde(default)]
+    pub(super) control: bool,
 }
 
 impl NodeRecord {
-    pub(super) fn new(boot: &str, draining: bool) -> Self {
-        Self { v: 1, boot: boot.to_owned(), version: env!("CARGO_PKG_VERSION").to_owned(), draining }
+    pub(super) fn new(boot: &str) -> Self {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Self { v: 1, boot: boot.to_owned(), version, ..Self::default() }
+    }
+
+    pub(super) fn at(mut self, place: Option<Coordinates>) -> Self {
+        self.place = place.map(|place| (place.latitude, place.longitude));
+        self
+    }
+
+    pub(super) fn place(&self) -> Option<Coordinates> {
+        self.place.map(|(latitude, longitude)| Coordinates { latitude, longitude })
     }
 
     pub(super) fn read(text: &str) -> Option<Self> {
         serde_json::from_str(text).ok().filter(|record: &Self| record.v == 1)
+    }
+
+    pub(super) fn to_text(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
     }
 }
 
@@ -40,6 +66,8 @@ pub(super) struct Location {
     pub(super) epoch: String,
     /// When the owner logged in.
     pub(super) since: SystemTime,
+    /// The round trip from the node to the owner's client, once measured.
+    pub(super) round_trip: Option<Duration>,
 }
 
 fn milliseconds(at: SystemTime) -> u64 {
@@ -56,13 +84,17 @@ struct Stored {
     #[serde(default)]
     epoch: String,
     since_ms: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rtt_us: Option<u64>,
 }
 
 impl Location {
     pub(super) fn read(text: &str) -> Option<Self> {
-        let Stored { v: 1, boot, login, epoch, since_ms } = serde_json::from_str(text).ok()? else { return None };
+        let Stored { v: 1, boot, login, epoch, since_ms, rtt_us } = serde_json::from_str(text).ok()? else {
+            return None;
+        };
         let since = UNIX_EPOCH.checked_add(Duration::from_millis(since_ms))?;
-        Some(Self { boot, login, epoch, since })
+        Some(Self { boot, login, epoch, since, round_trip: rtt_us.map(Duration::from_micros) })
     }
 
     /// Whether it is of a login at this time, as precisely as it is stored.
@@ -73,6 +105,7 @@ impl Location {
     pub(super) fn to_text(&self) -> String {
         let since_ms = milliseconds(self.since);
         let Self { boot, login, epoch, .. } = self.clone();
-        serde_json::to_string(&Stored { v: 1, boot, login, epoch, since_ms }).unwrap_or_default()
+        let rtt_us = self.round_trip.map(|trip| u64::try_from(trip.as_micros()).unwrap_or(u64::MAX));
+        serde_json::to_string(&Stored { v: 1, boot, login, epoch, since_ms, rtt_us }).unwrap_or_default()
     }
 }

@@ -2,8 +2,11 @@
 //! answer on every node, in whatever order they came.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
-use super::Place;
+use super::peer::Peer;
 use super::record::{Location, NodeRecord};
 use crate::feed::Epoch;
 use crate::model::{NodeId, TunnelId};
@@ -19,9 +22,42 @@ pub(super) struct Table {
 /// A location, whether its node lives or not.
 #[derive(Debug)]
 struct Told {
-    node: NodeId,
     boot: String,
-    order: u64,
+    place: Arc<Place>,
+}
+
+/// Where a tunnel is logged in.
+#[derive(Debug)]
+pub struct Place {
+    /// Its number as a way to an origin: another login there has another one.
+    pub id: u64,
+    /// The tunnel.
+    pub tunnel: TunnelId,
+    /// The node.
+    pub node: NodeId,
+    /// The order of its login: the highest serves, the others stand by.
+    pub order: u64,
+    /// The round trip from the node to the owner's client, once measured.
+    pub round_trip: Option<Duration>,
+    /// How the node is reached; none: it is this one.
+    pub peer: Option<Arc<Peer>>,
+    /// Visitors of this node that are there.
+    pub(super) streams: Arc<AtomicUsize>,
+    /// The node itself said that it is not there.
+    denied: AtomicBool,
+}
+
+impl Place {
+    /// Visitors of this node that are there.
+    pub fn streams(&self) -> usize {
+        self.streams.load(Ordering::Relaxed)
+    }
+
+    /// The node itself says that the tunnel is not there: of no use until it tells of
+    /// it again.
+    pub(super) fn deny(&self) {
+        self.denied.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Table {
@@ -38,23 +74,36 @@ impl Table {
         self.nodes.remove(id);
     }
 
-    /// Takes in what revision `rev` says of a tunnel.
-    pub(super) fn put_location(&mut self, node: NodeId, tunnel: TunnelId, location: Location, rev: u64) {
+    /// Takes in what revision `rev` says of a tunnel at a node, which `peer` reaches.
+    pub(super) fn put_location(
+        &mut self,
+        (node, peer): (NodeId, Option<Arc<Peer>>),
+        tunnel: TunnelId,
+        location: Location,
+        rev: u64,
+        next_id: impl FnOnce() -> u64,
+    ) {
         // Of a login that is told again the first revision counts, and nobody is from
         // the future.
         let again = location.login > 0 && self.epoch.as_ref().is_some_and(|epoch| *epoch.0 == *location.epoch);
         let order = if again { location.login.min(rev) } else { rev };
-        let all = self.locations.entry(tunnel).or_default();
+        let all = self.locations.entry(tunnel.clone()).or_default();
         let before = all.len();
-        all.retain(|told| told.node != node);
-        all.push(Told { node, boot: location.boot, order });
+        let former = all.iter().position(|told| told.place.node == node).map(|at| all.swap_remove(at));
+        // The same login, told again: what is kept open to it stays.
+        let same = former.filter(|told| told.place.order == order && told.boot == location.boot);
+        let kept = |told: Told| (told.place.id, Arc::clone(&told.place.streams));
+        let (id, streams) = same.map_or_else(|| (next_id(), Arc::default()), kept);
+        let (round_trip, denied) = (location.round_trip, AtomicBool::new(false));
+        let place = Arc::new(Place { id, tunnel, node, order, round_trip, peer, streams, denied });
+        all.push(Told { boot: location.boot, place });
         self.told = self.told + all.len() - before;
     }
 
     pub(super) fn remove_location(&mut self, node: &str, tunnel: &str) {
         let Some(all) = self.locations.get_mut(tunnel) else { return };
         let before = all.len();
-        all.retain(|told| told.node.as_str() != node);
+        all.retain(|told| told.place.node.as_str() != node);
         self.told -= before - all.len();
         if all.is_empty() {
             self.locations.remove(tunnel);
@@ -63,16 +112,25 @@ impl Table {
 
     /// Where a tunnel is, the latest login first: what living nodes told in this run
     /// of theirs.
-    pub(super) fn places(&self, tunnel: &TunnelId) -> Vec<Place> {
+    pub(super) fn places(&self, tunnel: &TunnelId) -> Vec<Arc<Place>> {
         let all = self.locations.get(tunnel).map(Vec::as_slice).unwrap_or_default();
-        let mut places: Vec<Place> = all
+        let mut places: Vec<Arc<Place>> = all
             .iter()
-            .filter(|told| self.nodes.get(&told.node).is_some_and(|node| node.boot == told.boot))
-            .map(|told| Place { node: told.node.clone(), order: told.order })
+            .filter(|told| self.lives(told) && !told.place.denied.load(Ordering::Relaxed))
+            .map(|told| Arc::clone(&told.place))
             .collect();
         // Two of one revision: logins that one transaction told of.
         places.sort_by(|a, b| b.order.cmp(&a.order).then_with(|| a.node.cmp(&b.node)));
         places
+    }
+
+    fn lives(&self, told: &Told) -> bool {
+        self.nodes.get(&told.place.node).is_some_and(|node| node.boot == told.boot)
+    }
+
+    /// A node that lives.
+    pub(super) fn node(&self, id: &NodeId) -> Option<&NodeRecord> {
+        self.nodes.get(id)
     }
 
     /// The run of a node that lives.
@@ -84,8 +142,8 @@ impl Table {
     pub(super) fn nodes(&self) -> impl Iterator<Item = (&NodeId, &NodeRecord, usize)> {
         let mut counts: HashMap<&NodeId, usize> = HashMap::new();
         for told in self.locations.values().flatten() {
-            if self.nodes.get(&told.node).is_some_and(|node| node.boot == told.boot) {
-                *counts.entry(&told.node).or_default() += 1;
+            if self.lives(told) {
+                *counts.entry(&told.place.node).or_default() += 1;
             }
         }
         self.nodes.iter().map(move |(id, node)| (id, node, counts.get(id).copied().unwrap_or(0)))
@@ -115,16 +173,20 @@ mod tests {
     }
 
     fn location(boot: &str, login: u64, epoch: &str) -> Location {
-        Location { boot: boot.into(), login, epoch: epoch.into(), since: UNIX_EPOCH }
+        Location { boot: boot.into(), login, epoch: epoch.into(), since: UNIX_EPOCH, round_trip: None }
     }
 
     fn table(nodes: &[(&str, &str)]) -> Table {
         let mut table = Table::default();
         table.begin(Epoch("now".into()));
         for (node, boot) in nodes {
-            table.put_node(id(node), NodeRecord::new(boot, false));
+            table.put_node(id(node), NodeRecord::new(boot));
         }
         table
+    }
+
+    fn put(table: &mut Table, node: &str, tunnel: &str, location: Location, rev: u64) {
+        table.put_location((id(node), None), id(tunnel), location, rev, || rev);
     }
 
     fn places(table: &Table) -> Vec<(String, u64)> {
@@ -134,32 +196,48 @@ mod tests {
     #[test]
     fn the_latest_login_serves_and_older_ones_stand_by() {
         let mut table = table(&[("a", "1"), ("b", "1")]);
-        table.put_location(id("a"), id("t"), location("1", 0, ""), 10);
-        table.put_location(id("b"), id("t"), location("1", 0, ""), 12);
+        put(&mut table, "a", "t", location("1", 0, ""), 10);
+        put(&mut table, "b", "t", location("1", 0, ""), 12);
         assert_eq!(places(&table), [("b".into(), 12), ("a".into(), 10)]);
         // A healed node tells its login again, and does not become newer by that.
-        table.put_location(id("a"), id("t"), location("1", 10, "now"), 20);
+        put(&mut table, "a", "t", location("1", 10, "now"), 20);
         assert_eq!(places(&table), [("b".into(), 12), ("a".into(), 10)]);
         // Nobody is from the future, and another life of the data counts anew.
-        table.put_location(id("a"), id("t"), location("1", 9_999, "now"), 21);
+        put(&mut table, "a", "t", location("1", 9_999, "now"), 21);
         assert_eq!(places(&table)[0], ("a".into(), 21));
-        table.put_location(id("a"), id("t"), location("1", 5, "before"), 22);
+        put(&mut table, "a", "t", location("1", 5, "before"), 22);
         assert_eq!(places(&table)[0], ("a".into(), 22));
         table.remove_location("a", "t");
         assert_eq!(places(&table), [("b".into(), 12)]);
     }
 
     #[test]
+    fn a_login_told_again_is_the_same_way_and_one_denied_is_none() {
+        let mut table = table(&[("a", "1")]);
+        let first = |table: &Table| table.places(&id("t")).first().map(|place| (place.id, place.order));
+        put(&mut table, "a", "t", location("1", 0, ""), 10);
+        assert_eq!(first(&table), Some((10, 10)));
+        put(&mut table, "a", "t", location("1", 10, "now"), 20);
+        assert_eq!(first(&table), Some((10, 10)));
+        put(&mut table, "a", "t", location("1", 0, ""), 30);
+        assert_eq!(first(&table), Some((30, 30)));
+        table.places(&id("t"))[0].deny();
+        assert_eq!(first(&table), None);
+        put(&mut table, "a", "t", location("1", 0, ""), 40);
+        assert_eq!(first(&table), Some((40, 40)));
+    }
+
+    #[test]
     fn a_node_that_died_or_began_anew_takes_all_that_it_told_along() {
         let mut table = table(&[("a", "1"), ("b", "1")]);
         for tunnel in ["t", "u", "v"] {
-            table.put_location(id("a"), id(tunnel), location("1", 0, ""), 10);
+            put(&mut table, "a", tunnel, location("1", 0, ""), 10);
         }
-        table.put_location(id("b"), id("t"), location("1", 0, ""), 9);
-        table.put_node(id("a"), NodeRecord::new("2", false));
+        put(&mut table, "b", "t", location("1", 0, ""), 9);
+        table.put_node(id("a"), NodeRecord::new("2"));
         assert_eq!(places(&table), [("b".into(), 9)]);
         assert!(table.places(&id("u")).is_empty());
-        table.put_location(id("a"), id("u"), location("2", 0, ""), 15);
+        put(&mut table, "a", "u", location("2", 0, ""), 15);
         assert_eq!(table.places(&id("u")).len(), 1);
         table.remove_node("a");
         assert!(table.places(&id("u")).is_empty());
@@ -185,12 +263,12 @@ mod tests {
                     all.reverse();
                 }
                 for ((node, _), (rev, location)) in all {
-                    table.put_location(id(&format!("n{node}")), id("t"), location.clone(), *rev);
+                    put(table, &format!("n{node}"), "t", location.clone(), *rev);
                 }
             };
             let live = |table: &mut Table| {
                 for (node, boot) in boots.iter().enumerate() {
-                    table.put_node(id(&format!("n{node}")), NodeRecord::new(&boot.to_string(), false));
+                    table.put_node(id(&format!("n{node}")), NodeRecord::new(&boot.to_string()));
                 }
             };
             let (mut one, mut other) = (table(&[]), table(&[]));

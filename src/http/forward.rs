@@ -29,7 +29,7 @@ use super::pulse::Pulse;
 use super::record::{Record, Tally};
 use super::upgrade::Upgrade;
 use super::{Connection, Dial, Http, Protocol, websocket};
-use crate::dial::Way;
+use crate::dial::{Errand, Way};
 use crate::error::{Chain, Error};
 use crate::gate::{self, Pass, Verdict};
 use crate::model::{HostName, SocketType};
@@ -306,7 +306,7 @@ impl<D: Dial> Http<D> {
         (by, http2): (By, bool),
         record: &mut Record,
     ) -> Result<Origin, Error> {
-        let ways = self.dialer.ways(route);
+        let ways = self.dialer.ways(route, record.visitor.ip());
         let first = ways.first().ok_or(Error::NoTunnel)?;
         let tls = match route.socket.kind {
             SocketType::Https => {
@@ -327,14 +327,16 @@ impl<D: Dial> Http<D> {
             }
             if let Some(origin) = kept {
                 if let Some(way) = ways.iter().find(|way| way.id() == origin.way()) {
-                    record.goes(&**way);
+                    record.goes(way);
                 }
                 metrics::counter!("adit_origin_requests_total", "connection" => "kept").increment(1);
                 return Ok(origin);
             }
         }
         metrics::counter!("adit_origin_requests_total", "connection" => "new").increment(1);
-        let mut dialed = self.dialer.dial(ways, &connection.visitor).await?;
+        let id = record.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
+        let errand = Errand { socket: &route.socket.id, visitor: &connection.visitor, id };
+        let mut dialed = self.dialer.dial(ways, errand).await?;
         if let Some(version) = route.socket.proxy_protocol {
             let sni = connection.via.tls.as_ref().and_then(|tls| tls.sni.as_ref());
             let extras = Extras {
@@ -344,7 +346,8 @@ impl<D: Dial> Http<D> {
             };
             proxy_protocol::tell(&mut dialed.stream, version, &record.visitor, extras).await?;
         }
-        record.goes(&*dialed.way);
+        record.goes(&dialed.way);
+        record.legs.tunnel = dialed.took;
         let key = Key { way: dialed.way.id(), ..key };
         let (stream, http2) = match &key.tls {
             Some((name, _)) => self.origin_tls.connect(dialed.stream, &route.socket, name.clone(), http2).await?,

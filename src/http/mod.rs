@@ -130,6 +130,7 @@ impl Connection {
             id: None,
             socket: None,
             tunnel: None,
+            node: None,
             what: What::Connection,
             legs: Legs { tls: self.via.tls.as_ref().map(|tls| tls.took), ..Legs::default() },
             status: (error != Error::HelloTimeout).then(|| error.status()),

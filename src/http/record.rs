@@ -18,7 +18,7 @@ use crate::limits::Permit;
 use crate::metrics::Present;
 use crate::model::{TunnelId, Visitor};
 use crate::routes::Route;
-use crate::visit_log::{self, Legs, Sink, Visit, What};
+use crate::visit_log::{self, Far, Legs, Sink, Visit, What};
 
 /// What both bodies of a request, and who watches over them, write and read.
 #[derive(Debug)]
@@ -147,6 +147,7 @@ pub(super) struct Record {
     pub(super) host: String,
     pub(super) route: Option<Arc<Route>>,
     pub(super) tunnel: Option<TunnelId>,
+    pub(super) node: Option<Far>,
     pub(super) console: Option<Arc<dyn Sink>>,
     /// Its place among the visitors of the socket.
     pub(super) place: Option<Permit>,
@@ -174,6 +175,7 @@ impl Record {
             host: String::new(),
             route: None,
             tunnel: None,
+            node: None,
             console: None,
             place: None,
             status: None,
@@ -188,6 +190,7 @@ impl Record {
     /// Which way it goes.
     pub(super) fn goes(&mut self, way: &impl Way) {
         self.tunnel = Some(way.tunnel().clone());
+        self.node = way.far();
         self.console = Some(way.console());
     }
 
@@ -236,6 +239,7 @@ impl Drop for Record {
                 legs: self.legs,
                 socket: self.route.as_ref().map(|route| route.socket.id.clone()),
                 tunnel: self.tunnel.take(),
+                node: self.node.take(),
                 what: What::Request {
                     method: self.method.as_str().to_owned(),
                     host: std::mem::take(&mut self.host),

@@ -1,6 +1,7 @@
 //! Promises of the HTTP path, kept over in-memory streams: the visitor's side
 //! is raw bytes or a hyper client, the origin's a task of the test.
 
+use std::net::IpAddr;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -15,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::dial::{Dialed, Way};
+use crate::dial::{Dialed, Errand, Way};
 use crate::gate::Gates;
 use crate::limits::Permit;
 use crate::model::{Socket, SocketType, TunnelId};
@@ -43,6 +44,7 @@ impl Sink for Visits {
     }
 }
 
+#[derive(Clone)]
 struct FakeWay(TunnelId, Arc<Visits>);
 
 impl Way for FakeWay {
@@ -66,17 +68,17 @@ impl Dial for FakeDial {
         Permit::take(&route.state.visitors, 1000).ok_or(Error::SocketLimit)
     }
 
-    fn ways(&self, _: &Route) -> Vec<Arc<FakeWay>> {
-        vec![Arc::new(FakeWay("t".parse().unwrap(), Arc::clone(&self.visits)))]
+    fn ways(&self, _: &Route, _: IpAddr) -> Vec<FakeWay> {
+        vec![FakeWay("t".parse().unwrap(), Arc::clone(&self.visits))]
     }
 
-    async fn dial(&self, ways: Vec<Arc<FakeWay>>, _: &Visitor) -> Result<Dialed<FakeWay>, Error> {
+    async fn dial(&self, ways: Vec<FakeWay>, _: Errand<'_>) -> Result<Dialed<FakeWay>, Error> {
         if let Some(error) = self.fails {
             return Err(error);
         }
         let (near, far) = duplex(64 << 10);
         (self.origin)(far);
-        Ok(Dialed { stream: Stream::other(near), way: Arc::clone(&ways[0]) })
+        Ok(Dialed { stream: Stream::other(near), way: ways[0].clone(), took: None })
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use super::hello::{self, Hello};
 use super::{Door, Ingress};
-use crate::dial::{Dial, Way};
+use crate::dial::{Dial, Errand, Way};
 use crate::drain::Stages;
 use crate::error::Error;
 use crate::http::{Protocol, Tls, Via};
@@ -176,8 +176,9 @@ impl Ingress {
             let stay = self.parts.routes.let_in(route, visitor.ip(), client, cut)?;
             let place = dialer.admit(route)?;
             routed = start.elapsed();
+            let errand = Errand { socket: &route.socket.id, visitor, id: "" };
             let mut dialed = tokio::select! {
-                dialed = dialer.dial(dialer.ways(route), visitor) => dialed?,
+                dialed = dialer.dial(dialer.ways(route, visitor.ip()), errand) => dialed?,
                 () = stay.cut().cancelled() => return Err(stay.allowed().err().unwrap_or(Error::Draining)),
             };
             stay.allowed()?;
@@ -193,6 +194,7 @@ impl Ingress {
         match dialed.await {
             Ok((stay, _place, dialed)) => {
                 visit.tunnel = Some(dialed.way.tunnel().clone());
+                (visit.node, visit.legs.tunnel) = (dialed.way.far(), dialed.took);
                 console = Some(dialed.way.console());
                 let before = start.elapsed();
                 (visit.legs.route, visit.legs.dial) = (Some(routed), Some(before - routed));
@@ -224,6 +226,7 @@ fn raw_visit(route: &Route, visitor: &Visitor, (at, start): (SystemTime, Instant
         visitor: visitor.addr,
         socket: Some(route.socket.id.clone()),
         tunnel: None,
+        node: None,
         kind: route.socket.kind.as_str(),
         protocol: "tcp",
         id: None,

@@ -65,17 +65,40 @@ text_field!(SocketType, "\"http\", \"https\", \"tcp\", \"tls\" or \"passthrough\
 /// How a socket's visitors are shared among its tunnels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Balance {
+    /// The nearest one; those that are as near share.
+    Nearest,
     /// One after the other.
     RoundRobin,
+    /// The one with the fewest visitors.
+    LeastConnections,
+    /// Any.
+    Random,
+    /// By the visitor's address: always the same one, for as long as it is there.
+    IpHash,
+}
+
+impl Balance {
+    const ALL: [Self; 5] = [Self::Nearest, Self::RoundRobin, Self::LeastConnections, Self::Random, Self::IpHash];
+
+    /// As in records.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Nearest => "nearest",
+            Self::RoundRobin => "round_robin",
+            Self::LeastConnections => "least_connections",
+            Self::Random => "random",
+            Self::IpHash => "ip_hash",
+        }
+    }
 }
 
 impl FromStr for Balance {
     type Err = &'static str;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        (text == "round_robin").then_some(Self::RoundRobin).ok_or("is not a balance policy")
+        Self::ALL.into_iter().find(|balance| balance.as_str() == text).ok_or("is not a balance policy")
     }
 }
-text_field!(Balance, "\"round_robin\"");
+text_field!(Balance, "\"nearest\", \"round_robin\", \"least_connections\", \"random\" or \"ip_hash\"");
 
 /// TLS towards an https origin.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -151,7 +174,7 @@ impl Socket {
             proxy_protocol: None,
             gate: None,
             owner: None,
-            balance: Balance::RoundRobin,
+            balance: Balance::Nearest,
             created_by: None,
             extra: Map::new(),
         }
@@ -185,7 +208,7 @@ impl Socket {
             let _none: Option<Value> = f.optional("hsts");
         }
         socket.proxy_protocol = f.optional("proxy_protocol");
-        socket.balance = f.take("balance", Balance::RoundRobin);
+        socket.balance = f.take("balance", Balance::Nearest);
         socket.created_by = f.optional("created_by");
         socket.owner = f.optional("owner");
         if f.has_value("gate") {
@@ -247,7 +270,7 @@ impl Socket {
                 "hsts": self.hsts.as_ref().map(Hsts::to_value),
                 "gate": self.gate.as_ref().map(|gate| gate.to_value()),
                 "owner": self.owner,
-                "balance": match self.balance { Balance::RoundRobin => "round_robin" },
+                "balance": self.balance.as_str(),
                 "created_by": self.created_by,
             }),
         )

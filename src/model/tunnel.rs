@@ -102,6 +102,10 @@ pub struct Tunnel {
     pub principals: Vec<String>,
     /// Keys and certificates that may not serve it any more.
     pub revoked: Vec<Revoked>,
+    /// Its share of the socket's visitors, next to the other tunnels' weights. 1.
+    pub weight: u32,
+    /// Tunnels of a higher one wait until all of a lower one fail. 0.
+    pub priority: u32,
     /// Fields this version does not know, kept as they came.
     pub extra: Map<String, Value>,
 }
@@ -118,6 +122,8 @@ impl Tunnel {
             cert_authorities: Vec::new(),
             principals: Vec::new(),
             revoked: Vec::new(),
+            weight: 1,
+            priority: 0,
             extra: Map::new(),
         }
     }
@@ -136,6 +142,10 @@ impl Tunnel {
         let cert_authorities = f.take("cert_authorities", Vec::new());
         let principals = f.take("principals", Vec::new());
         let revoked = f.take("revoked", Vec::new());
+        let (weight, priority) = (f.take("weight", 1), f.take("priority", 0));
+        if !(1..=1000).contains(&weight) {
+            f.mistake("weight", format!("{weight} is out of range"), "write a whole number from 1 to 1000".into());
+        }
         if relay_port.is_some() && user.is_none() {
             f.mistake("user", "is missing beside relay_port".into(), "write the SSH user name that logs in".into());
         }
@@ -154,6 +164,8 @@ impl Tunnel {
                 cert_authorities,
                 principals,
                 revoked,
+                weight,
+                priority,
                 extra,
             }),
             _ => Err(mistakes),
@@ -175,6 +187,8 @@ impl Tunnel {
                 "cert_authorities": lines(&self.cert_authorities),
                 "principals": self.principals,
                 "revoked": self.revoked.iter().map(Revoked::to_string).collect::<Vec<_>>(),
+                "weight": self.weight,
+                "priority": self.priority,
             }),
         )
     }

@@ -169,10 +169,14 @@ pub async fn relay(visitor: Stream, origin: Stream, settings: &RelaySettings, cu
     .await;
 
     ends.clean = end == End::Clean;
+    let spliced = up.tally.spliced + down.tally.spliced;
+    if spliced > 0 {
+        metrics::counter!("adit_relay_spliced_bytes_total").increment(spliced);
+    }
     Relayed {
         up: up.tally.moved,
         down: down.tally.moved,
-        spliced: up.tally.spliced + down.tally.spliced,
+        spliced,
         first_byte: down.tally.first.map(|at| at.duration_since(started)),
         end,
         why: down.tally.why.or(up.tally.why),

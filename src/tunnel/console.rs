@@ -6,20 +6,14 @@ use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use time::OffsetDateTime;
-use time::macros::format_description;
 use tokio::sync::Notify;
 
-use crate::visit_log::{Sink, Visit, What};
+use crate::visit_log::{Sink, Visit, line};
 
 /// Lines kept for a terminal that is slow or not there yet.
 const RING_LINES: usize = 256;
-
-/// The largest part of a path that one line shows, in characters.
-const PATH_CHARS: usize = 512;
 
 enum Line {
     Text(String),
@@ -44,6 +38,14 @@ impl Console {
     /// Says something to the owner; kept until a terminal is there.
     pub fn say(&self, text: String) {
         self.push(Line::Text(text));
+    }
+
+    /// Shows a line about a visit that came in at another node. What could move the
+    /// terminal is left out.
+    pub fn visit_elsewhere(&self, line: &str) {
+        if self.attached.load(Ordering::Acquire) {
+            self.push(Line::Text(line.chars().filter(|c| !c.is_control()).collect()));
+        }
     }
 
     /// From now on visits are shown too.
@@ -74,7 +76,7 @@ impl Console {
                 match line {
                     Line::Text(text) => text.lines().for_each(|l| out.extend([l, line_end])),
                     Line::Visit(visit) => {
-                        write_visit(&mut out, &visit);
+                        line::write(&mut out, &visit);
                         out.push_str(line_end);
                     }
                 }
@@ -104,71 +106,13 @@ impl Sink for Console {
     }
 }
 
-/// One visit as one line: time, visitor, what, status, bytes up and down, time
-/// to the origin's first byte, total.
-fn write_visit(out: &mut String, visit: &Visit) {
-    let at = clock(visit.at);
-    let _ = write!(out, "{at} {} ", visit.visitor.ip());
-    match &visit.what {
-        What::Request { method, host, path } => {
-            let path: String = path.chars().take(PATH_CHARS).collect();
-            let _ = write!(out, "{} {}{}", method.escape_debug(), host.escape_debug(), path.escape_debug());
-        }
-        What::Connection => out.push_str(visit.kind),
-    }
-    match (visit.status, visit.error) {
-        (Some(status), None) => {
-            let _ = write!(out, " {status}");
-        }
-        (Some(status), Some(error)) => {
-            let _ = write!(out, " {status} ({error})");
-        }
-        (None, Some(error)) => {
-            let _ = write!(out, " ({error})");
-        }
-        (None, None) => out.push_str(" ok"),
-    }
-    let _ = write!(out, " up {} down {}", Size(visit.bytes_up), Size(visit.bytes_down));
-    match visit.first_byte {
-        Some(first) => {
-            let _ = write!(out, " first {}", Ms(first));
-        }
-        None => out.push_str(" first -"),
-    }
-    let _ = write!(out, " total {}", Ms(visit.total));
-}
-
-fn clock(at: SystemTime) -> String {
-    OffsetDateTime::from(at)
-        .format(format_description!("[hour]:[minute]:[second]"))
-        .unwrap_or_else(|_| "--:--:--".to_owned())
-}
-
-struct Size(u64);
-
-impl std::fmt::Display for Size {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
-            n if n < 10_000 => write!(f, "{n}B"),
-            n if n < 10_000_000 => write!(f, "{}kB", n / 1000),
-            n => write!(f, "{}MB", n / 1_000_000),
-        }
-    }
-}
-
-struct Ms(Duration);
-
-impl std::fmt::Display for Ms {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let ms = self.0.as_secs_f64() * 1000.0;
-        if ms < 10.0 { write!(f, "{ms:.1}ms") } else { write!(f, "{ms:.0}ms") }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, SystemTime};
+
     use super::*;
     use crate::error::Error;
+    use crate::visit_log::What;
 
     fn visit(path: &str, error: Option<Error>) -> Arc<Visit> {
         Arc::new(Visit {
@@ -180,6 +124,7 @@ mod tests {
             legs: crate::visit_log::Legs::default(),
             socket: None,
             tunnel: None,
+            node: None,
             what: What::Request { method: "GET".into(), host: "web.test".into(), path: path.into() },
             status: Some(error.map_or(200, Error::status)),
             bytes_up: 0,

@@ -367,6 +367,11 @@ impl Tunnels {
         may
     }
 
+    /// A tunnel's record.
+    pub fn record(&self, tunnel: &TunnelId) -> Option<Arc<Tunnel>> {
+        self.routes.tunnel(tunnel)
+    }
+
     /// Opens a way to the origin through one session.
     ///
     /// # Errors

@@ -241,6 +241,10 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     tunnel: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    entry: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     host: Option<&'a str>,
@@ -256,6 +260,8 @@ struct Line<'a> {
     route_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     dial_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tunnel_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     first_byte_ms: Option<f64>,
     total_ms: f64,
@@ -279,6 +285,8 @@ fn write_line(out: &mut impl Write, visit: &Visit) -> io::Result<()> {
         id: visit.id.as_ref().and_then(|id| id.to_str().ok()),
         socket: visit.socket.as_ref().map(|s| s.as_str()),
         tunnel: visit.tunnel.as_ref().map(|t| t.as_str()),
+        entry: visit.node.as_ref().map(|far| far.entry.as_str()),
+        node: visit.node.as_ref().map(|far| far.owner.as_str()),
         method,
         host: host.filter(|host| !host.is_empty()),
         path,
@@ -288,6 +296,7 @@ fn write_line(out: &mut impl Write, visit: &Visit) -> io::Result<()> {
         tls_ms: visit.legs.tls.map(ms),
         route_ms: visit.legs.route.map(ms),
         dial_ms: visit.legs.dial.map(ms),
+        tunnel_ms: visit.legs.tunnel.map(ms),
         first_byte_ms: visit.first_byte.map(ms),
         total_ms: ms(visit.total),
         error: visit.error.map(Error::label),
@@ -317,11 +326,16 @@ mod tests {
             id: Some("abc".parse().unwrap()),
             socket: Some("web".parse().unwrap()),
             tunnel: Some("web".parse().unwrap()),
+            node: None,
             what: What::Request { method: "GET".into(), host: "web.test".into(), path: "/\"\u{1b}[2J\n".into() },
             status: Some(200),
             bytes_up: 0,
             bytes_down: 5,
-            legs: Legs { tls: None, route: Some(Duration::from_micros(12)), dial: Some(Duration::from_micros(1500)) },
+            legs: Legs {
+                route: Some(Duration::from_micros(12)),
+                dial: Some(Duration::from_micros(1500)),
+                ..Legs::default()
+            },
             first_byte: Some(Duration::from_millis(2)),
             total: Duration::from_micros(3456),
             error,

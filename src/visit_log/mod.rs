@@ -2,6 +2,7 @@
 //! console of the SSH session that served it. Writing a record never waits.
 
 pub mod access_log;
+pub(crate) mod line;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -11,7 +12,7 @@ use hyper::header::HeaderValue;
 
 use self::access_log::AccessLog;
 use crate::error::Error;
-use crate::model::{SocketId, TunnelId};
+use crate::model::{NodeId, SocketId, TunnelId};
 
 /// One request (HTTP) or one connection (everything else), told once, at its end.
 #[derive(Debug, Clone)]
@@ -30,6 +31,8 @@ pub struct Visit {
     pub socket: Option<SocketId>,
     /// The tunnel that served it, if any did.
     pub tunnel: Option<TunnelId>,
+    /// The nodes, where it came in at another one than the tunnel's.
+    pub node: Option<Far>,
     /// What was asked.
     pub what: What,
     /// The HTTP status sent, where HTTP was spoken.
@@ -46,6 +49,15 @@ pub struct Visit {
     pub total: Duration,
     /// Why it failed, if it did.
     pub error: Option<Error>,
+}
+
+/// Where a visit came in, and where its tunnel is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Far {
+    /// The node that the visitor came to.
+    pub entry: NodeId,
+    /// The node where the tunnel is logged in.
+    pub owner: NodeId,
 }
 
 /// What a visit asked for.
@@ -73,6 +85,8 @@ pub struct Legs {
     pub route: Option<Duration>,
     /// Until there was a connection to the origin.
     pub dial: Option<Duration>,
+    /// How much of that the tunnel took at another node.
+    pub tunnel: Option<Duration>,
 }
 
 static ACCESS_LOG: OnceLock<AccessLog> = OnceLock::new();
@@ -118,6 +132,7 @@ fn log(visit: &Visit) {
                 visitor = %visit.visitor,
                 socket = visit.socket.as_ref().map(|s| s.as_str()),
                 tunnel = visit.tunnel.as_ref().map(|t| t.as_str()),
+                node = visit.node.as_ref().map(|far| far.owner.as_str()),
                 what = %visit,
                 status = visit.status,
                 up = visit.bytes_up,
