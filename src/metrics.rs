@@ -48,11 +48,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
         "Requests to login providers, by provider, its kind, what was asked for (metadata, keys, token, userinfo, api) and outcome: ok, refused (another status), failed (no answer)",
     ),
     ("adit_tunnels_ejected_total", Unit::Count, "Times that a tunnel which failed was left alone for a while"),
-    (
-        "adit_fleet_opens_total",
-        Unit::Count,
-        "Streams asked for at other nodes, by connection: kept ready, or new",
-    ),
+    ("adit_fleet_opens_total", Unit::Count, "Streams asked for at other nodes, by connection: kept ready, or new"),
     ("adit_fleet_bytes_total", Unit::Bytes, "Bytes of other nodes' visitors, by direction: up = towards the origin"),
     ("adit_fleet_lines_dropped_total", Unit::Count, "Lines for owners at other nodes that the link could not take"),
     ("adit_relay_spliced_bytes_total", Unit::Bytes, "Relayed bytes that stayed in the kernel"),

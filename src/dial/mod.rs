@@ -43,6 +43,12 @@ pub trait Way: Clone + Send + Sync + 'static {
 
     /// The console of the session, for the visit's record.
     fn console(&self) -> Arc<dyn Sink>;
+
+    /// Waits until what carries it no longer answers, where that is known before its
+    /// streams break.
+    fn lost(&self) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
 }
 
 /// An open stream to an origin.
@@ -120,7 +126,9 @@ impl Way for Candidate {
     fn far(&self) -> Option<Far> {
         match self {
             Self::Here(_) => None,
-            Self::There { place, me, .. } => Some(Far { entry: me.clone(), owner: place.node.clone() }),
+            Self::There { place, me, peer } => {
+                Some(Far { entry: me.clone(), owner: place.node.clone(), between: peer.round_trip() })
+            }
         }
     }
 
@@ -130,6 +138,13 @@ impl Way for Candidate {
             Self::There { place, peer, .. } => {
                 Arc::new(FarConsole { tunnel: place.tunnel.clone(), peer: Arc::clone(peer) })
             }
+        }
+    }
+
+    async fn lost(&self) {
+        match self {
+            Self::Here(_) => std::future::pending().await,
+            Self::There { peer, .. } => peer.lost().await,
         }
     }
 }
@@ -246,14 +261,6 @@ impl Dialer {
     }
 }
 
-/// Waits until a way's node no longer answers.
-async fn lost(way: &Candidate) {
-    match way {
-        Candidate::Here(_) => std::future::pending().await,
-        Candidate::There { peer, .. } => peer.lost().await,
-    }
-}
-
 impl Dial for Dialer {
     type Way = Candidate;
 
@@ -272,7 +279,9 @@ impl Dial for Dialer {
             holders.sort_by_key(|way| matches!(way, Candidate::There { peer, .. } if !peer.is_up()));
             let mut holders = holders.into_iter();
             let record = self.tunnels.record(tunnel);
-            heads.extend(holders.next().map(|way| Head::new(way, record.as_deref(), self.fleet.as_deref(), &self.health)));
+            heads.extend(
+                holders.next().map(|way| Head::new(way, record.as_deref(), self.fleet.as_deref(), &self.health)),
+            );
             standbys.extend(holders);
         }
         let mut ways = choice::in_order(heads, route, ip);
@@ -307,7 +316,7 @@ impl Dial for Dialer {
                         }
                     }
                 },
-                () = async { tokio::select! { () = sleep_until(patience) => {} () = lost(&current) => {} } }, if !asked => {
+                () = async { tokio::select! { () = sleep_until(patience) => {} () = current.lost() => {} } }, if !asked => {
                     // Slow: find out whether that peer is alive, and try another beside it.
                     self.suspect(&current);
                     asked = true;

@@ -107,11 +107,9 @@ mod tests {
     async fn nodes_of_one_ca_know_each_other_and_nobody_else() {
         let (ours, others) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let node = |text: &str| text.parse::<NodeId>().unwrap();
-        let identity = |dir: &Path, name: &str| {
-            Identity::new(&settings(dir, &make(dir, &node(name), 30).unwrap())).unwrap()
-        };
-        let (a, b, stranger) =
-            (identity(ours.path(), "a"), identity(ours.path(), "b"), identity(others.path(), "a"));
+        let identity =
+            |dir: &Path, name: &str| Identity::new(&settings(dir, &make(dir, &node(name), 30).unwrap())).unwrap();
+        let (a, b, stranger) = (identity(ours.path(), "a"), identity(ours.path(), "b"), identity(others.path(), "a"));
         let meet = async |one: &Identity, other: &Identity, to: &str| {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let tcp = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();

@@ -330,12 +330,11 @@ impl Fleet {
             node.parse().ok().zip(NodeRecord::read(&entry.value)).map(|(id, node)| table.put_node(id, node))
         } else {
             let ids = location_key(&entry.key).and_then(|(node, tunnel)| node.parse().ok().zip(tunnel.parse().ok()));
-            ids.zip(Location::read(&entry.value))
-                .map(|((node, tunnel), location)| {
-                    let next_id = || self.next_place.fetch_add(1, Ordering::Relaxed);
-                    let peer = self.peer(&node);
-                    table.put_location((node, peer), tunnel, location, entry.rev, next_id);
-                })
+            ids.zip(Location::read(&entry.value)).map(|((node, tunnel), location)| {
+                let next_id = || self.next_place.fetch_add(1, Ordering::Relaxed);
+                let peer = self.peer(&node);
+                table.put_location((node, peer), tunnel, location, entry.rev, next_id);
+            })
         };
         if known.is_none() {
             metrics::counter!("adit_feed_records_refused_total", "kind" => "live").increment(1);
@@ -365,6 +364,7 @@ impl Fleet {
                 "addresses": node.addresses,
                 "place": node.place().map(|place| place.to_string()),
                 "control": node.control,
+                "ready": peer.as_ref().map(|peer| peer.ready()),
                 "linked": peer.as_ref().map(|peer| peer.is_up()),
                 "round_trip_ms": trip.map(|trip| (trip.as_secs_f64() * 1e6).round() / 1e3),
             })

@@ -122,6 +122,11 @@ impl Peer {
         self.draining.load(Ordering::Relaxed)
     }
 
+    /// Connections that wait ready.
+    pub(super) fn ready(&self) -> usize {
+        self.warm.lock().len()
+    }
+
     /// Waits until it no longer answers.
     pub async fn lost(&self) {
         let mut up = self.up.subscribe();

@@ -114,9 +114,8 @@ impl FromStr for Coordinates {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let bad = "is not \"LATITUDE, LONGITUDE\"";
         let (latitude, longitude) = text.split_once(',').ok_or(bad)?;
-        let degrees = |text: &str, most: f64| {
-            text.trim().parse::<f64>().ok().filter(|degrees| degrees.abs() <= most).ok_or(bad)
-        };
+        let degrees =
+            |text: &str, most: f64| text.trim().parse::<f64>().ok().filter(|degrees| degrees.abs() <= most).ok_or(bad);
         Ok(Self { latitude: degrees(latitude, 90.0)?, longitude: degrees(longitude, 180.0)? })
     }
 }

@@ -305,7 +305,7 @@ impl<D: Dial> Http<D> {
         host: &str,
         (by, http2): (By, bool),
         record: &mut Record,
-    ) -> Result<Origin, Error> {
+    ) -> Result<(Origin, Option<D::Way>), Error> {
         let ways = self.dialer.ways(route, record.visitor.ip());
         let first = ways.first().ok_or(Error::NoTunnel)?;
         let tls = match route.socket.kind {
@@ -326,11 +326,12 @@ impl<D: Dial> Http<D> {
                 kept = self.origins.take(&key, repeatable);
             }
             if let Some(origin) = kept {
-                if let Some(way) = ways.iter().find(|way| way.id() == origin.way()) {
+                let way = ways.into_iter().find(|way| way.id() == origin.way());
+                if let Some(way) = &way {
                     record.goes(way);
                 }
                 metrics::counter!("adit_origin_requests_total", "connection" => "kept").increment(1);
-                return Ok(origin);
+                return Ok((origin, way));
             }
         }
         metrics::counter!("adit_origin_requests_total", "connection" => "new").increment(1);
@@ -354,7 +355,9 @@ impl<D: Dial> Http<D> {
             // By prior knowledge (RFC 9113 §3.3).
             None => (dialed.stream, http2),
         };
-        self.origins.handshake(stream, key, http2, route.socket.proxy_protocol.is_some()).await
+        let private = route.socket.proxy_protocol.is_some();
+        let origin = self.origins.handshake(stream, key, http2, private).await?;
+        Ok((origin, Some(dialed.way)))
     }
 
     /// Sends the request, twice where the first connection ended under it and
@@ -374,17 +377,21 @@ impl<D: Dial> Http<D> {
         // An upgrade is HTTP/1.1's alone.
         let http2 = route.socket.upstream.http2 && !request.headers().contains_key(UPGRADE);
         record.routed();
-        let mut origin = self.connect(connection, route, host, (by, http2), record).await?;
+        let (mut origin, way) = self.connect(connection, route, host, (by, http2), record).await?;
         record.dialed();
-        let response = match self.send(&mut origin, request, &record.tally).await {
+        // What may not be sent twice waits on: the node may come back.
+        let way = way.filter(|_| again.is_some());
+        let response = match self.send(&mut origin, request, &record.tally, way.as_ref()).await {
             Ok(response) => response,
             Err((error, unsent)) => {
-                let ended = (error == Error::OriginReset && origin.reused()) || error == Error::TunnelLost;
+                // Another node does not say what ended the stream.
+                let unsure = origin.reused() || record.node.is_some();
+                let ended = (error == Error::OriginReset && unsure) || error == Error::TunnelLost;
                 let request = unsent.map(|unsent| *unsent).or(again).filter(|_| ended).ok_or(error)?;
                 drop(origin);
                 metrics::counter!("adit_origin_retries_total").increment(1);
-                origin = self.connect(connection, route, host, (By::Dialing, http2), record).await?;
-                self.send(&mut origin, request, &record.tally).await.map_err(|(error, _)| error)?
+                (origin, _) = self.connect(connection, route, host, (By::Dialing, http2), record).await?;
+                self.send(&mut origin, request, &record.tally, None).await.map_err(|(error, _)| error)?
             }
         };
         record.answered();
@@ -446,12 +453,14 @@ impl<D: Dial> Http<D> {
     /// Sends a request and waits for the head of the origin's answer: for the
     /// first byte deadline, counted from the last progress of the upload, where
     /// the origin owes the next step, and as long as a body may pause where the
-    /// visitor does. The request comes back where nothing of it was sent.
+    /// visitor does; and not past the loss of what carries `way`. The request comes
+    /// back where nothing of it was sent.
     async fn send(
         &self,
         origin: &mut Origin,
         request: Request<Upload>,
         tally: &Tally,
+        way: Option<&D::Way>,
     ) -> Result<Response<Incoming>, (Error, Option<Box<Request<Upload>>>)> {
         tally.touch();
         // A server of gRPC may say nothing until its first message.
@@ -462,6 +471,13 @@ impl<D: Dial> Http<D> {
         let (http2, reused) = (origin.is_http2(), origin.reused());
         let answered = origin.send(request);
         let mut answered = std::pin::pin!(answered);
+        let lost = async {
+            match way {
+                Some(way) => way.lost().await,
+                None => std::future::pending().await,
+            }
+        };
+        let mut lost = std::pin::pin!(lost);
         loop {
             let now = Instant::now();
             let (wait, late) = match tally.visitor_owes() {
@@ -480,6 +496,7 @@ impl<D: Dial> Http<D> {
                         error => (error, failed.unsent),
                     });
                 }
+                () = &mut lost => return Err((Error::TunnelLost, None)),
                 // Who owes may change meanwhile.
                 () = tokio::time::sleep_until(due.min(now + silent)) => {}
             }

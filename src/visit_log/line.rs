@@ -13,7 +13,7 @@ const PATH_CHARS: usize = 512;
 
 /// One visit as one line: time, visitor, what, status, bytes up and down, time
 /// to the origin's first byte, total; and where it went to another node, where it came
-/// in, and how long the way there and the origin's answer to it took.
+/// in, and how long the way there and the opening of the tunnel took.
 pub(crate) fn write(out: &mut String, visit: &Visit) {
     let at = clock(visit.at);
     let _ = write!(out, "{at} {} ", visit.visitor.ip());
@@ -46,8 +46,13 @@ pub(crate) fn write(out: &mut String, visit: &Visit) {
     let _ = write!(out, " total {}", Ms(visit.total));
     if let Some(far) = &visit.node {
         let _ = write!(out, " at {} by {}", far.owner, far.entry);
-        if let (Some(dial), Some(tunnel)) = (visit.legs.dial, visit.legs.tunnel) {
-            let _ = write!(out, " between {} tunnel {}", Ms(dial.saturating_sub(tunnel)), Ms(tunnel));
+        // On a connection that was kept there was no way to be opened.
+        let opened = visit.legs.tunnel.zip(visit.legs.dial).map(|(tunnel, dial)| dial.saturating_sub(tunnel));
+        if let Some(between) = opened.or(far.between) {
+            let _ = write!(out, " between {}", Ms(between));
+        }
+        if let Some(tunnel) = visit.legs.tunnel {
+            let _ = write!(out, " tunnel {}", Ms(tunnel));
         }
     }
 }
@@ -78,4 +83,3 @@ impl std::fmt::Display for Ms {
         if ms < 10.0 { write!(f, "{ms:.1}ms") } else { write!(f, "{ms:.0}ms") }
     }
 }
-

@@ -58,6 +58,8 @@ pub struct Far {
     pub entry: NodeId,
     /// The node where the tunnel is logged in.
     pub owner: NodeId,
+    /// The round trip between them, as it was measured.
+    pub between: Option<Duration>,
 }
 
 /// What a visit asked for.

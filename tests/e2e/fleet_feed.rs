@@ -10,21 +10,21 @@ use serde_json::json;
 use crate::gate_logins::title;
 use crate::harness::*;
 
-const WEB: &str = "https://web.edge.localhost:8443";
+pub const WEB: &str = "https://web.edge.localhost:8443";
 const ANN: &str = "ann@example.com";
 
-async fn fleet(etcd: &EtcdCluster, change: impl Fn(NodeOpts) -> NodeOpts) -> [Node; 3] {
+pub async fn fleet(etcd: &EtcdCluster, change: impl Fn(NodeOpts) -> NodeOpts) -> [Node; 3] {
     let [a, b, c] = [("a", true), ("b", false), ("c", false)].map(|(name, control)| change(etcd.node(name, control)));
     let (a, b, c) = tokio::join!(Node::with(a), Node::with(b), Node::with(c));
     [a, b, c]
 }
 
-async fn status(node: &Node) -> u16 {
+pub async fn status(node: &Node) -> u16 {
     Browser::at(node).get(&format!("{WEB}/")).await.status
 }
 
 /// Until a visitor of this node gets this status.
-async fn becomes(node: &Node, expected: u16) {
+pub async fn becomes(node: &Node, expected: u16) {
     eventually("the records act here", async || (status(node).await == expected).then_some(())).await;
 }
 

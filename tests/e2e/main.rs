@@ -18,6 +18,8 @@ mod conformance;
 mod faults;
 #[cfg(feature = "etcd")]
 mod fleet_feed;
+#[cfg(feature = "etcd")]
+mod fleet_ways;
 mod gate_attacks;
 mod gate_browser;
 mod gate_certificates;

@@ -157,6 +157,16 @@ impl EtcdCluster {
             .set("etcd", &format!("ca = {}", file("ca.pem")))
             .set("etcd", &format!("certificate = {}", file(&format!("{name}.pem"))))
             .set("etcd", &format!("key = {}", file(&format!("{name}.key"))));
+        // Made by the node's own helper.
+        let fleet = self.path("fleet");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_adit"));
+        let made = command.arg("ca").arg("--dir").arg(&fleet).arg(name).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        opts = opts.set("fleet", "listen = [\"{ip}:7443\"]");
+        for (key, file) in [("ca", "ca.pem"), ("certificate", &format!("{name}.pem")), ("key", &format!("{name}.key"))]
+        {
+            opts = opts.set("fleet", &format!("{key} = {:?}", fleet.join(file)));
+        }
         if control {
             opts = opts
                 .set("etcd", &format!("control_certificate = {}", file("control.pem")))

@@ -29,7 +29,8 @@ impl NodeOpts {
         self
     }
 
-    /// One more line of a section, over the harness's: `("ssh", "mode = \"closed\"")`.
+    /// One more line of a section, over the harness's: `("ssh", "mode = \"closed\"")`;
+    /// `{ip}` is the node's own address.
     #[must_use]
     pub fn set(mut self, section: &str, line: &str) -> Self {
         self.settings.push((section.to_owned(), line.to_owned()));
@@ -256,7 +257,7 @@ fn settings(ip: IpAddr, opts: &NodeOpts) -> String {
     set("control", "allow_anonymous_loopback", "true".into());
     for (section, line) in &opts.settings {
         let (key, value) = line.split_once('=').unwrap();
-        set(section, key.trim(), value.trim().to_owned());
+        set(section, key.trim(), value.trim().replace("{ip}", &ip.to_string()));
     }
     let mut text = String::new();
     for (section, keys) in all {
