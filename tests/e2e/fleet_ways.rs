@@ -44,7 +44,7 @@ impl World {
 }
 
 /// Until a node has links to so many others, and connections that wait ready.
-async fn linked(node: &Node, others: usize) {
+pub async fn linked(node: &Node, others: usize) {
     eventually("the nodes are linked", async || {
         let (_, status) = node.api("GET", "/v1/status", None).await;
         let ready = |one: &&serde_json::Value| one["linked"] == json!(true) && one["ready"].as_u64() >= Some(1);
@@ -54,7 +54,7 @@ async fn linked(node: &Node, others: usize) {
 }
 
 /// An origin that answers with its own name.
-async fn named(name: &'static str) -> SocketAddr {
+pub async fn named(name: &'static str) -> SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -82,28 +82,28 @@ async fn named(name: &'static str) -> SocketAddr {
 }
 
 /// Who answers a visitor of this node, or the status of who refuses.
-async fn who(node: &Node) -> String {
+pub async fn who(node: &Node) -> String {
     let answer = Browser::at(node).get(&format!("{WEB}/")).await;
     if answer.status == 200 { answer.text() } else { answer.status.to_string() }
 }
 
-async fn comes_to_be(node: &Node, limit: Duration, name: &str) {
+pub async fn comes_to_be(node: &Node, limit: Duration, name: &str) {
     let what = format!("{name} serves");
     eventually_within(limit, &what, async || (who(node).await == name).then_some(())).await;
 }
 
-async fn tunnel(at: &Node, key: &Node, origin: SocketAddr) -> Ssh {
+pub async fn tunnel(at: &Node, key: &Node, origin: SocketAddr) -> Ssh {
     Ssh::with(at, SshOpts::new(&[&format!("web:80:{origin}")]).key(&key.key)).await
 }
 
 /// Visitors of one node without a pause, each answer looked at.
-struct Visitors {
+pub struct Visitors {
     stop: Arc<AtomicBool>,
     task: JoinHandle<Vec<(Duration, Instant, String)>>,
 }
 
 impl Visitors {
-    fn of(node: &Node) -> Self {
+    pub fn of(node: &Node) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (addr, stopped) = (node.addr("http"), Arc::clone(&stop));
         let task = tokio::spawn(async move {
@@ -130,7 +130,7 @@ impl Visitors {
     }
 
     /// All answers: how long each took, when it was asked for, and what it was.
-    async fn end(self) -> Vec<(Duration, Instant, String)> {
+    pub async fn end(self) -> Vec<(Duration, Instant, String)> {
         self.stop.store(true, Ordering::Relaxed);
         self.task.await.unwrap()
     }

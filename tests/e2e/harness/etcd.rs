@@ -25,6 +25,11 @@ impl EtcdCluster {
     /// So many members, with a role of each node (reads all, writes what is its own)
     /// and `control`.
     pub async fn start(members: usize) -> Self {
+        Self::at((0..members).map(|_| own_address()).collect()).await
+    }
+
+    /// The same with a member at each of these addresses.
+    pub async fn at(addresses: Vec<IpAddr>) -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, "etcd test CA");
@@ -33,7 +38,7 @@ impl EtcdCluster {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         std::fs::write(dir.path().join("ca.pem"), params.self_signed(&key).unwrap().pem()).unwrap();
         let ca = Issuer::new(params, key);
-        let members = (0..members).map(|_| Member { ip: own_address(), program: None }).collect();
+        let members = addresses.into_iter().map(|ip| Member { ip, program: None }).collect();
         let mut cluster = Self { dir, ca, members };
         let mut names: Vec<String> = cluster.members.iter().map(|member| member.ip.to_string()).collect();
         // Members come from there to each other, and a peer's certificate must be for it.

@@ -6,6 +6,8 @@ mod chromium;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod jar;
+#[cfg(feature = "etcd")]
+mod net;
 mod node;
 mod origin;
 mod pattern;
@@ -25,6 +27,8 @@ pub use chromium::Chromium;
 pub use etcd::EtcdCluster;
 #[allow(unused_imports)]
 pub use jar::{Cookie, Jar, Reach, SameSite};
+#[cfg(feature = "etcd")]
+pub use net::Net;
 #[allow(unused_imports)]
 pub use node::{Node, NodeOpts, Usage, own_address};
 pub use origin::{Body, Origin, pattern_body};

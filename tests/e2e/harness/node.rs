@@ -19,6 +19,7 @@ pub struct NodeOpts {
     settings: Vec<(String, String)>,
     ipv6: bool,
     under: Vec<String>,
+    ip: Option<IpAddr>,
 }
 
 impl NodeOpts {
@@ -26,6 +27,13 @@ impl NodeOpts {
     #[must_use]
     pub fn under(mut self, command: &[&str]) -> Self {
         self.under = command.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
+    /// At this address instead of one of its own.
+    #[must_use]
+    pub fn at(mut self, ip: IpAddr) -> Self {
+        self.ip = Some(ip);
         self
     }
 
@@ -66,7 +74,7 @@ impl Node {
     /// A node with other settings; returns when it is ready.
     pub async fn with(opts: NodeOpts) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let ip = own_address();
+        let ip = opts.ip.unwrap_or_else(own_address);
         std::fs::write(dir.path().join("adit.toml"), settings(ip, &opts)).unwrap();
         let key = Key::new(dir.path(), "ed25519");
         let mut node = Self { dir, program: None, ip, key, under: opts.under, listening: BTreeMap::new() };
@@ -150,11 +158,17 @@ impl Node {
         self.launch().await;
     }
 
+    /// The line that proves an operator, where one must: not on loopback.
+    fn token(&self) -> String {
+        let token = std::fs::read_to_string(self.state().join("control.token")).unwrap_or_default();
+        if token.is_empty() { token } else { format!("authorization: Bearer {}\r\n", token.trim()) }
+    }
+
     /// One call of the operator's API: status and JSON body (null where none).
     pub async fn api(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
         let body = body.map(Value::to_string).unwrap_or_default();
         let mut stream = tokio::net::TcpStream::connect(self.addr("control")).await.unwrap();
-        let head = format!("{method} {path} HTTP/1.1\r\ncontent-type: application/json\r\n");
+        let head = format!("{method} {path} HTTP/1.1\r\ncontent-type: application/json\r\n{}", self.token());
         let host = self.addr("control").to_string();
         let call = request(&mut stream, &head, &host, body.as_bytes());
         let (status, _, body) = within(DEADLINE, "an API call", call).await;
@@ -165,7 +179,8 @@ impl Node {
     pub async fn metric(&self, name: &str) -> f64 {
         let mut stream = tokio::net::TcpStream::connect(self.addr("control")).await.unwrap();
         let host = self.addr("control").to_string();
-        let call = request(&mut stream, "GET /metrics HTTP/1.1\r\n", &host, b"");
+        let head = format!("GET /metrics HTTP/1.1\r\n{}", self.token());
+        let call = request(&mut stream, &head, &host, b"");
         let (_, _, body) = within(DEADLINE, "the metrics", call).await;
         let text = String::from_utf8(body).unwrap();
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
@@ -254,7 +269,7 @@ fn settings(ip: IpAddr, opts: &NodeOpts) -> String {
     set("ssh", "listen", listen(2222));
     set("ssh", "mode", "\"open\"".into());
     set("control", "listen", format!("[\"{ip}:9090\"]"));
-    set("control", "allow_anonymous_loopback", "true".into());
+    set("control", "allow_anonymous_loopback", ip.is_loopback().to_string());
     for (section, line) in &opts.settings {
         let (key, value) = line.split_once('=').unwrap();
         set(section, key.trim(), value.trim().replace("{ip}", &ip.to_string()));
