@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::limits::{PerAddress, Permit};
 use crate::metrics::Present;
 use crate::model::NodeId;
-use crate::relay::{RelaySettings, relay};
+use crate::relay::{Relayed, RelaySettings, relay};
 use crate::stream::Stream;
 use crate::tcp;
 
@@ -47,15 +47,16 @@ impl Door {
         Arc::new(Self { fleet, relay, stages, streams: Arc::default(), unknown: PerAddress::new(UNKNOWN, false) })
     }
 
-    /// Takes nodes from a listener until `closed`.
+    /// Takes nodes from a listener until `closed`: also while this node drains, since
+    /// its tunnels are reached nowhere else until their owners have left.
     pub async fn open(self: Arc<Self>, listener: TcpListener, closed: CancellationToken) {
         let settings = self.fleet.means.tcp.clone();
         let done = closed.clone();
         tcp::accept_loop(listener, closed, |tcp, addr| {
             tcp::prepare_accepted(&tcp, &settings);
-            let (door, done) = (Arc::clone(&self), done.clone());
+            let (door, done) = (Arc::clone(&self), done.child_token());
             tokio::spawn(async move {
-                let serve = door.serve(tcp, addr);
+                let serve = door.serve(tcp, addr, &done);
                 tokio::select! {
                     ended = serve => if let Err(error) = ended {
                         tracing::debug!(peer = %addr, %error, "a node's connection ended");
@@ -67,11 +68,11 @@ impl Door {
         .await;
     }
 
-    async fn serve(&self, tcp: TcpStream, addr: SocketAddr) -> io::Result<()> {
+    async fn serve(&self, tcp: TcpStream, addr: SocketAddr, done: &CancellationToken) -> io::Result<()> {
         let unknown = self.unknown.admit(addr.ip()).ok_or_else(|| io::Error::other("too many at once"))?;
         let (stream, from, link) = timeout(HELLO, self.hello(tcp, addr)).await??;
         drop(unknown);
-        if link { self.link(stream).await } else { self.streams(stream, &from).await }
+        if link { self.link(stream).await } else { self.streams(stream, &from, done).await }
     }
 
     /// Who comes, and what for.
@@ -119,7 +120,7 @@ impl Door {
     }
 
     /// Serves what is asked for on a connection: refusals, then at most one visitor.
-    async fn streams(&self, mut stream: Stream, from: &NodeId) -> io::Result<()> {
+    async fn streams(&self, mut stream: Stream, from: &NodeId, done: &CancellationToken) -> io::Result<()> {
         loop {
             let Frame::Open(open) = timeout(WAIT, Frame::read(&mut stream)).await?? else {
                 return Err(io::ErrorKind::InvalidData.into());
@@ -132,9 +133,7 @@ impl Door {
                     stream.flush().await?;
                     let _place = place;
                     let _present = Present::new(metrics::gauge!("adit_fleet_streams", "side" => "owner"));
-                    // Counted among the visitors: a drain waits for it.
-                    let _visitor = self.stages.visitors.token();
-                    let relayed = relay(stream, origin, &self.relay, &self.stages.cut).await;
+                    let relayed = self.relay(stream, origin, done).await;
                     metrics::counter!("adit_fleet_bytes_total", "direction" => "up").increment(relayed.up);
                     metrics::counter!("adit_fleet_bytes_total", "direction" => "down").increment(relayed.down);
                     tracing::debug!(
@@ -150,10 +149,24 @@ impl Door {
         }
     }
 
-    async fn open_origin(&self, open: &Open) -> Result<(Stream, Permit), Frame> {
-        if self.stages.close.is_cancelled() {
-            return Err(Frame::Failed(Error::Draining));
+    /// A drain waits for who came before it, until its deadline.
+    async fn relay(&self, stream: Stream, origin: Stream, done: &CancellationToken) -> Relayed {
+        let Stages { close, cut, visitors } = &self.stages;
+        let mut relayed = std::pin::pin!(relay(stream, origin, &self.relay, done));
+        if close.is_cancelled() {
+            return relayed.await;
         }
+        let waited_for = visitors.token();
+        tokio::select! {
+            relayed = &mut relayed => return relayed,
+            () = cut.cancelled() => {}
+        }
+        drop(waited_for);
+        // It ends with its owner's session, or with this node.
+        relayed.await
+    }
+
+    async fn open_origin(&self, open: &Open) -> Result<(Stream, Permit), Frame> {
         let fleet = &self.fleet;
         let most = fleet.means.settings.streams;
         let place = Permit::take(&self.streams, most).ok_or(Frame::Failed(Error::NodeLimit))?;

@@ -21,14 +21,16 @@ const TOGETHER: usize = 100;
 const AGAIN: Duration = Duration::from_secs(1);
 /// How long the watch may trail a write of ours.
 const TRAILS: Duration = Duration::from_secs(10);
+/// How often it is seen whether tunnels are as far away as was told.
+const LOOK: Duration = Duration::from_secs(5);
 /// How long a goodbye may take.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 /// What the fleet was told.
 #[derive(Default)]
 struct Said {
-    /// The session that serves a tunnel.
-    serving: HashMap<TunnelId, u64>,
+    /// The session that serves a tunnel, and how far away its client was.
+    serving: HashMap<TunnelId, (u64, Option<Duration>)>,
     /// The revision that told of a login first, and in which life of the data.
     logins: HashMap<(TunnelId, u64), (u64, String)>,
 }
@@ -131,6 +133,7 @@ async fn register(fleet: &Fleet, said: &mut Said) -> Result<Registered, WriteErr
 async fn tell_all(fleet: &Fleet, said: &mut Said, registered: &mut Registered) -> WriteError {
     let mut dirty: HashSet<TunnelId> = fleet.tunnels.live().into_keys().collect();
     let (began, mut was_known) = (Instant::now(), false);
+    let mut look = tokio::time::interval(LOOK);
     loop {
         dirty.extend(fleet.tunnels.take_changes());
         if fleet.is_draining() && !registered.draining {
@@ -164,7 +167,24 @@ async fn tell_all(fleet: &Fleet, said: &mut Said, registered: &mut Registered) -
             () = fleet.tunnels.wait_changes() => tokio::time::sleep(GATHER).await,
             () = fleet.lost.notified() => {}
             () = tokio::time::sleep(TRAILS), if !was_known => {}
+            _ = look.tick() => {
+                let moved = said.serving.iter().filter(|(tunnel, (session, told))| {
+                    let serving = fleet.tunnels.serving(tunnel).filter(|serving| serving.id == *session);
+                    serving.is_some_and(|serving| is_another(*told, serving.rtt()))
+                });
+                dirty.extend(moved.map(|(tunnel, _)| tunnel.clone()));
+            }
         }
+    }
+}
+
+/// Whether a round trip is another one than was told: the first that is measured, or
+/// one that differs by a quarter and 5 ms.
+fn is_another(told: Option<Duration>, now: Option<Duration>) -> bool {
+    match (told, now) {
+        (None, now) => now.is_some(),
+        (Some(told), Some(now)) => told.abs_diff(now) > Duration::from_millis(5).max(told.min(now) / 4),
+        (Some(_), None) => false,
     }
 }
 
@@ -180,7 +200,10 @@ async fn tell(
     for tunnel in &some {
         let key = format!("{LOCATIONS}{}/{tunnel}", fleet.me);
         match fleet.tunnels.serving(tunnel) {
-            Some(session) if said.serving.get(tunnel) == Some(&session.id) => {}
+            Some(session)
+                if said.serving.get(tunnel).is_some_and(|(told, trip)| {
+                    *told == session.id && !is_another(*trip, session.rtt())
+                }) => {}
             Some(session) => {
                 let login = (tunnel.clone(), session.id);
                 let (first, of) = said.logins.get(&login).cloned().unwrap_or_default();
@@ -192,7 +215,7 @@ async fn tell(
                     round_trip: session.rtt(),
                 };
                 ops.push(Op::Put { key, value: location.to_text(), lease: None });
-                told.push((login, first == 0));
+                told.push((login, first == 0, location.round_trip));
             }
             None if said.serving.contains_key(tunnel) => {
                 ops.push(Op::Delete { key });
@@ -208,7 +231,7 @@ async fn tell(
             said.serving.remove(&tunnel);
             fleet.told.remove(&tunnel);
         }
-        for ((tunnel, session), first) in told {
+        for ((tunnel, session), first, trip) in told {
             let order = || (rev, registered.epoch.clone());
             // Who stands by here logged in before who is told of, and is no newer later.
             for standby in fleet.tunnels.sessions_of(&tunnel).into_iter().filter(|one| one.id < session) {
@@ -218,7 +241,7 @@ async fn tell(
                 said.logins.insert((tunnel.clone(), session), order());
             }
             fleet.told.insert(tunnel.clone(), session);
-            said.serving.insert(tunnel, session);
+            said.serving.insert(tunnel, (session, trip));
         }
     }
     for tunnel in some {

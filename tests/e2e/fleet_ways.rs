@@ -296,6 +296,9 @@ async fn fleet_a_node_that_drains_loses_nobody_who_can_go_elsewhere() {
     let World { etcd: _etcd, nodes: [a, mut b, c] } =
         World::new(|opts| opts.set("fleet", "private = [\"127.0.0.0/8\"]").set("drain", "notice = \"1s\"")).await;
     let (one, two) = (named("b").await, named("c").await);
+    // Both, however far away they are measured to be.
+    let record = json!({"type": "http", "hostnames": ["web.edge.localhost"], "balance": "round_robin"});
+    a.put("sockets/web", record).await;
     let _b = tunnel(&b, &b, one).await;
     let _c = tunnel(&c, &c, two).await;
     comes_to_be(&a, DEADLINE, "b").await;
