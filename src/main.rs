@@ -14,6 +14,7 @@ use adit::fields::Mistake;
 use adit::fleet::authority;
 use adit::model::NodeId;
 use adit::node;
+use adit::status;
 
 /// The node ran and then failed.
 const FAILED: u8 = 1;
@@ -54,6 +55,16 @@ enum Command {
     /// Check a settings file: tells every mistake at once, each with its key and how to mend it
     #[command(after_help = "Exit codes: 0 the file is good, 2 it has mistakes")]
     Check,
+    /// Show how a running node of this machine is, and its fleet
+    #[command(after_help = "Exit codes: 0 shown, 1 the node does not answer")]
+    Status {
+        /// All that it tells, as JSON
+        #[arg(long)]
+        json: bool,
+        /// File of the operators' token (control.token_file), where the node did not make one
+        #[arg(long, value_name = "FILE")]
+        token: Option<PathBuf>,
+    },
     /// Make certificates by which the nodes of a fleet know each other
     #[command(after_help = CA_HELP)]
     Ca {
@@ -89,6 +100,9 @@ fn main() -> ExitCode {
         return make_certificates(nodes, dir, *days);
     }
     let NodeArguments { state, config } = arguments.node;
+    if let Some(Command::Status { json, token }) = &arguments.command {
+        return show_status(config.as_deref(), state, token.as_deref(), *json);
+    }
     let loaded = match (&arguments.command, &config) {
         (None, None) => Config::dev(),
         (_, Some(file)) => Config::load(file),
@@ -117,6 +131,27 @@ fn main() -> ExitCode {
         settings.node.state = state;
     }
     run(settings)
+}
+
+fn show_status(config: Option<&Path>, state: Option<PathBuf>, token: Option<&Path>, json: bool) -> ExitCode {
+    let settings = config.map_or_else(Config::dev, Config::load);
+    let settings = match settings {
+        Ok(settings) => settings,
+        Err(mistakes) => {
+            eprint!("{}", tell(&mistakes, config));
+            return ExitCode::from(BAD_SETTINGS);
+        }
+    };
+    let state = state.unwrap_or(settings.node.state);
+    match status::ask(&state, token.or(settings.control.token_file.as_deref())) {
+        Ok(told) if json => println!("{told:#}"),
+        Ok(told) => print!("{}", status::render(&told)),
+        Err(why) => {
+            eprintln!("adit: {why}");
+            return ExitCode::from(FAILED);
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 fn make_certificates(nodes: &[NodeId], dir: &Path, days: u32) -> ExitCode {

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::limits::{PerAddress, Permit};
 use crate::metrics::Present;
 use crate::model::NodeId;
-use crate::relay::{Relayed, RelaySettings, relay};
+use crate::relay::{RelaySettings, Relayed, relay};
 use crate::stream::Stream;
 use crate::tcp;
 
@@ -29,6 +29,8 @@ const HELLO: Duration = Duration::from_secs(5);
 const WAIT: Duration = Duration::from_secs(150);
 /// How long a link may be silent, whose node asks every 0.3 s.
 const SILENT: Duration = Duration::from_secs(10);
+/// How many pings until it is told how far others are.
+const TRIPS: u64 = 20;
 /// Connections of one address that have not proved yet whose they are.
 const UNKNOWN: usize = 64;
 
@@ -105,8 +107,11 @@ impl Door {
         loop {
             match timeout(SILENT, Frame::read(&mut stream)).await?? {
                 Frame::Ping(of) => {
-                    let pong = Frame::Pong { of, draining: self.fleet.is_draining() };
-                    timeout(SILENT, stream.write_all(&pong.to_bytes())).await??;
+                    let mut said = Frame::Pong { of, draining: self.fleet.is_draining() }.to_bytes();
+                    if of % TRIPS == 0 {
+                        said.extend(Frame::Trips(self.fleet.trips()).to_bytes());
+                    }
+                    timeout(SILENT, stream.write_all(&said)).await??;
                     timeout(SILENT, stream.flush()).await??;
                 }
                 Frame::Line { tunnel, text } => {

@@ -206,6 +206,12 @@ impl Fleet {
         }
     }
 
+    /// How far other nodes are, as measured.
+    fn trips(&self) -> Vec<(NodeId, Duration)> {
+        let up = self.peers.iter().filter(|peer| peer.is_up());
+        up.filter_map(|peer| Some((peer.id.clone(), peer.round_trip()?))).collect()
+    }
+
     /// Tells the others that this node is about to leave.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::SeqCst);
@@ -356,6 +362,10 @@ impl Fleet {
         let node = |(id, node, tunnels): (&NodeId, &NodeRecord, usize)| {
             let peer = self.peers.get(id).map(|peer| Arc::clone(&peer));
             let trip = peer.as_ref().and_then(|peer| peer.round_trip());
+            let ms = |trip: Duration| (trip.as_secs_f64() * 1e6).round() / 1e3;
+            let trips = peer.as_ref().map_or_else(|| self.trips(), |peer| peer.trips());
+            let trips: serde_json::Map<_, _> =
+                trips.into_iter().map(|(to, trip)| (to.to_string(), json!(ms(trip)))).collect();
             json!({
                 "node": id.as_str(),
                 "version": node.version,
@@ -366,7 +376,8 @@ impl Fleet {
                 "control": node.control,
                 "ready": peer.as_ref().map(|peer| peer.ready()),
                 "linked": peer.as_ref().map(|peer| peer.is_up()),
-                "round_trip_ms": trip.map(|trip| (trip.as_secs_f64() * 1e6).round() / 1e3),
+                "round_trip_ms": trip.map(ms),
+                "round_trips_ms": trips,
             })
         };
         json!({ "nodes": table.nodes().map(node).collect::<Vec<_>>(), "locations": table.size().1 })

@@ -57,6 +57,8 @@ pub struct Peer {
     up: watch::Sender<bool>,
     draining: AtomicBool,
     distance: Mutex<Distance>,
+    /// How far others are from it, as it says.
+    trips: Mutex<Vec<(NodeId, Duration)>>,
     warm: Mutex<VecDeque<(Stream, Instant)>>,
     /// Streams that were asked for since the last tick.
     asked: AtomicUsize,
@@ -100,6 +102,7 @@ impl Peer {
             up: watch::Sender::new(false),
             draining: AtomicBool::new(false),
             distance: Mutex::default(),
+            trips: Mutex::default(),
             warm: Mutex::default(),
             asked: AtomicUsize::new(0),
             link: Mutex::default(),
@@ -141,6 +144,11 @@ impl Peer {
         let (least, _) = distance.least?;
         let smooth = distance.smooth.unwrap_or(least).max(least);
         Some(((least + smooth) / 2).mul_f64(1.0 + 4.0 * distance.loss))
+    }
+
+    /// The round trips from it to others, as it told last.
+    pub(super) fn trips(&self) -> Vec<(NodeId, Duration)> {
+        self.trips.lock().clone()
     }
 
     /// Says something to whoever owns a tunnel there; dropped where the link is down or
@@ -299,7 +307,14 @@ impl Peer {
                 tokio::select! {
                     biased;
                     Some(frame) = answered.recv() => {
-                        let Frame::Pong { of, draining } = frame else { continue };
+                        let (of, draining) = match frame {
+                            Frame::Pong { of, draining } => (of, draining),
+                            Frame::Trips(trips) => {
+                                *self.trips.lock() = trips;
+                                continue;
+                            }
+                            _ => continue,
+                        };
                         heard = Instant::now();
                         self.draining.store(draining, Ordering::Relaxed);
                         while sent.front().is_some_and(|(ping, _)| *ping < of) {

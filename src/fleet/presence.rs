@@ -201,9 +201,10 @@ async fn tell(
         let key = format!("{LOCATIONS}{}/{tunnel}", fleet.me);
         match fleet.tunnels.serving(tunnel) {
             Some(session)
-                if said.serving.get(tunnel).is_some_and(|(told, trip)| {
-                    *told == session.id && !is_another(*trip, session.rtt())
-                }) => {}
+                if said
+                    .serving
+                    .get(tunnel)
+                    .is_some_and(|(told, trip)| *told == session.id && !is_another(*trip, session.rtt())) => {}
             Some(session) => {
                 let login = (tunnel.clone(), session.id);
                 let (first, of) = said.logins.get(&login).cloned().unwrap_or_default();

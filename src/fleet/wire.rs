@@ -58,6 +58,8 @@ pub(super) enum Frame {
         /// Whether it takes no new streams before long.
         draining: bool,
     },
+    /// How far the others are from the one who says it.
+    Trips(Vec<(NodeId, Duration)>),
     /// A line for whoever owns a tunnel.
     Line {
         /// The tunnel.
@@ -127,6 +129,15 @@ impl Frame {
                 out.put_u64(*of);
                 out.put_u8(u8::from(*draining));
             }
+            Self::Trips(trips) => {
+                // Each within 141 bytes; what has no room is told nobody.
+                let room = (BODY_MAX - 2) / 141;
+                out.put_u16(u16::try_from(trips.len().min(room)).unwrap_or(0));
+                for (node, trip) in trips.iter().take(room) {
+                    text(&mut out, node.as_str());
+                    out.put_u64(u64::try_from(trip.as_micros()).unwrap_or(u64::MAX));
+                }
+            }
             Self::Line { tunnel, text: line } => {
                 text(&mut out, tunnel.as_str());
                 text(&mut out, line);
@@ -149,6 +160,7 @@ impl Frame {
             Self::Ping(_) => 6,
             Self::Pong { .. } => 7,
             Self::Line { .. } => 8,
+            Self::Trips(_) => 9,
         }
     }
 
@@ -175,6 +187,11 @@ impl Frame {
             5 => Self::Failed(failure(read_text(body)?)),
             6 => Self::Ping(body.try_get_u64()?),
             7 => Self::Pong { of: body.try_get_u64()?, draining: body.try_get_u8()? != 0 },
+            9 => {
+                let count = body.try_get_u16()?;
+                let mut trip = || Ok((name(body)?, Duration::from_micros(body.try_get_u64()?)));
+                Self::Trips((0..count).map(|_| trip()).collect::<Result<_, Malformed>>()?)
+            }
             8 => Self::Line { tunnel: name(body)?, text: read_text(body)?.to_owned() },
             _ => return Ok(None),
         }))
@@ -300,6 +317,7 @@ mod tests {
             Frame::Failed(Error::OriginRefused),
             Frame::Ping(9),
             Frame::Pong { of: 9, draining: true },
+            Frame::Trips(vec![("ams-1".parse().unwrap(), Duration::from_micros(5123))]),
             Frame::Line { tunnel: "web-1".parse().unwrap(), text: "GET / 200 ä".into() },
         ]
     }
@@ -349,7 +367,7 @@ mod tests {
         }
 
         #[test]
-        fn a_frame_with_a_byte_changed_is_never_a_panic(which in 0..9usize, at in 0..100usize, byte: u8) {
+        fn a_frame_with_a_byte_changed_is_never_a_panic(which in 0..10usize, at in 0..100usize, byte: u8) {
             let mut bytes = frames()[which].to_bytes();
             if let Some(place) = bytes.get_mut(at + 5) {
                 *place = byte;

@@ -104,11 +104,41 @@ pub struct Visitors {
 
 impl Visitors {
     pub fn of(node: &Node) -> Self {
+        Self::come(node.addr("http"), None)
+    }
+
+    /// Who come only while the node says that it is ready, which they ask five times a
+    /// second.
+    pub fn while_ready(node: &Node) -> Self {
+        Self::come(node.addr("http"), Some(node.addr("control")))
+    }
+
+    fn come(addr: SocketAddr, ask: Option<SocketAddr>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let (addr, stopped) = (node.addr("http"), Arc::clone(&stop));
+        let stopped = Arc::clone(&stop);
+        let ready = Arc::new(AtomicBool::new(ask.is_none()));
+        if let Some(control) = ask {
+            let (ready, stop) = (Arc::clone(&ready), Arc::clone(&stop));
+            tokio::spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    let asked = async {
+                        let mut tcp = TcpStream::connect(control).await.ok()?;
+                        let head = "GET /readyz HTTP/1.1\r\n";
+                        Some(request(&mut tcp, head, &control.to_string(), b"").await.0 == 200)
+                    };
+                    let asked = tokio::time::timeout(Duration::from_secs(1), asked).await;
+                    ready.store(asked.ok().flatten() == Some(true), Ordering::Relaxed);
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            });
+        }
         let task = tokio::spawn(async move {
             let mut all = Vec::new();
             while !stopped.load(Ordering::Relaxed) {
+                if !ready.load(Ordering::Relaxed) {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    continue;
+                }
                 let begun = Instant::now();
                 let visit = async {
                     let mut tcp = TcpStream::connect(addr).await.ok()?;

@@ -17,6 +17,8 @@ mod clients;
 mod conformance;
 mod faults;
 #[cfg(feature = "etcd")]
+mod fleet_chaos;
+#[cfg(feature = "etcd")]
 mod fleet_feed;
 #[cfg(feature = "etcd")]
 mod fleet_links;

@@ -11,6 +11,8 @@ use super::{DEADLINE, EtcdCluster, NodeOpts, Program};
 const INSIDE: &str = "ADIT_TEST_NET";
 /// Where the feed is.
 const FEED: Ipv4Addr = Ipv4Addr::new(10, 79, 0, 1);
+/// What nodes reach it by.
+const FEED_NET: &str = "10.79.0.0/29";
 /// Places.
 const PLACES: usize = 3;
 
@@ -56,7 +58,8 @@ impl Net {
         let hub = format!("{name}h");
         let mut namespaces = Namespaces(Vec::new());
         let mut lines = vec![format!("netns add {hub}"), format!("-n {hub} link set lo up")];
-        lines.push(format!("-n {hub} addr add {FEED}/32 dev lo"));
+        lines.push(format!("-n {hub} addr add {FEED}/29 dev lo"));
+        lines.extend([2, 3].map(|i| format!("-n {hub} addr add 10.79.0.{i}/29 dev lo")));
         for i in 0..PLACES {
             let place = format!("{name}{i}");
             lines.extend([format!("netns add {place}"), format!("-n {place} link set lo up")]);
@@ -70,7 +73,7 @@ impl Net {
                     format!("-n {place} link set {device} up"),
                 ]);
             }
-            lines.push(format!("-n {place} route add {FEED} via 10.78.{i}.1"));
+            lines.push(format!("-n {place} route add {FEED_NET} via 10.78.{i}.1"));
             namespaces.0.push(place);
         }
         namespaces.0.push(hub.clone());
@@ -111,6 +114,12 @@ impl Net {
         EtcdCluster::at(vec![FEED.into()]).await
     }
 
+    /// The same of so many members.
+    pub async fn feed_of(&self, members: u8) -> EtcdCluster {
+        let [a, b, c, d] = FEED.octets();
+        EtcdCluster::at((0..members).map(|i| IpAddr::from([a, b, c, d + i])).collect()).await
+    }
+
     /// A node of this feed at a place, which others reach by its links alone.
     pub fn node(&self, etcd: &EtcdCluster, place: usize) -> NodeOpts {
         let name = ["a", "b", "c"][place];
@@ -123,25 +132,25 @@ impl Net {
             .set("fleet", &format!("advertise = {addresses:?}"))
     }
 
-    async fn tell(&mut self, line: &str) {
-        self.links.tell(line);
+    async fn tell(&mut self, word: &str, (a, b): (usize, usize), rest: &str) {
+        self.links.tell(&format!("{word} {}-{} {rest}", a.min(b), a.max(b)));
         self.asked += 1;
         self.links.wait_for("ok", self.asked, DEADLINE).await;
     }
 
     /// Changes what a link does: `rtt`, `jitter`, `loss` or `rate`.
     pub async fn set(&mut self, a: usize, b: usize, what: &str, value: f64) {
-        self.tell(&format!("set {a}-{b} {what} {value}")).await;
+        self.tell("set", (a, b), &format!("{what} {value}")).await;
     }
 
     /// Nothing passes between two places from here on.
     pub async fn cut(&mut self, a: usize, b: usize) {
-        self.tell(&format!("cut {a}-{b}")).await;
+        self.tell("cut", (a, b), "").await;
     }
 
     /// It passes again.
     pub async fn heal(&mut self, a: usize, b: usize) {
-        self.tell(&format!("heal {a}-{b}")).await;
+        self.tell("heal", (a, b), "").await;
     }
 
     /// Whether a place reaches the feed.
@@ -150,7 +159,7 @@ impl Net {
         ip(&format!("link set f{place} {state}")).unwrap();
         if reaches {
             // The kernel dropped it with the link.
-            let hub = ip(&format!("-n {}{place} route replace {FEED} via 10.78.{place}.1", self.name));
+            let hub = ip(&format!("-n {}{place} route replace {FEED_NET} via 10.78.{place}.1", self.name));
             hub.unwrap();
         }
     }

@@ -37,6 +37,27 @@ impl NodeOpts {
         self
     }
 
+    /// Whether its name is this one.
+    pub fn is_named(&self, name: &str) -> bool {
+        self.settings.iter().any(|(section, line)| section == "node" && *line == format!("name = \"{name}\""))
+    }
+
+    /// By a clock that is as far off as this file says, at any time.
+    #[must_use]
+    pub fn with_clock(mut self, file: &str) -> Self {
+        let library = format!("/usr/lib/{}-linux-gnu/faketime/libfaketime.so.1", std::env::consts::ARCH);
+        let how = [
+            "env",
+            &format!("LD_PRELOAD={library}"),
+            "FAKETIME_NO_CACHE=1",
+            "FAKETIME_DONT_FAKE_MONOTONIC=1",
+            "DONT_FAKE_MONOTONIC=1",
+            &format!("FAKETIME_TIMESTAMP_FILE={file}"),
+        ];
+        self.under.extend(how.map(str::to_owned));
+        self
+    }
+
     /// One more line of a section, over the harness's: `("ssh", "mode = \"closed\"")`;
     /// `{ip}` is the node's own address.
     #[must_use]
