@@ -64,7 +64,7 @@ pub(super) struct Location {
     /// counts in; 0: this is the one.
     pub(super) login: u64,
     pub(super) epoch: String,
-    /// When the owner logged in.
+    /// When the owner's login registered it.
     pub(super) since: SystemTime,
     /// The round trip from the node to the owner's client, once measured.
     pub(super) round_trip: Option<Duration>,
