@@ -19,6 +19,8 @@ mod faults;
 #[cfg(feature = "etcd")]
 mod fleet_feed;
 #[cfg(feature = "etcd")]
+mod fleet_scale;
+#[cfg(feature = "etcd")]
 mod fleet_ways;
 mod gate_attacks;
 mod gate_browser;

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions, Txn, TxnOp};
+use futures_util::{StreamExt, stream};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
 use super::{DEADLINE, NodeOpts, Program, eventually_within, own_address};
@@ -132,6 +134,25 @@ impl EtcdCluster {
         let done = command.args(["--dial-timeout", "2s", "--command-timeout", "5s"]).args(arguments).output().unwrap();
         let said = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
         if done.status.success() { Ok(said) } else { Err(said) }
+    }
+
+    /// Writes many records, past the nodes and their checks, as root: keys below the
+    /// nodes' prefix, and values.
+    pub async fn put_all(&self, records: impl Iterator<Item = (String, String)>) {
+        let read = |name: &str| std::fs::read(self.path(name)).unwrap();
+        let identity = Identity::from_pem(read("root.pem"), read("root.key"));
+        let tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read("ca.pem"))).identity(identity);
+        let options = ConnectOptions::new().with_tls(tls);
+        let client = Client::connect(self.endpoints(), Some(options)).await.unwrap();
+        let puts: Vec<TxnOp> = records.map(|(key, value)| TxnOp::put(format!("/adit/1/{key}"), value, None)).collect();
+        // etcd takes 128 of one transaction.
+        let written = stream::iter(puts.chunks(120)).for_each_concurrent(8, |some| {
+            let mut kv = client.kv_client();
+            async move {
+                kv.txn(Txn::new().and_then(some)).await.unwrap();
+            }
+        });
+        written.await;
     }
 
     fn endpoints(&self) -> Vec<String> {
