@@ -50,6 +50,9 @@ const NODES: &str = "live/node/";
 /// Where tunnels are: `live/loc/<node>/<tunnel>`, without one.
 const LOCATIONS: &str = "live/loc/";
 
+/// Records of a whole state that are taken in between two chances for other tasks.
+const BREATH: usize = 256;
+
 /// What this node knows of the fleet, and tells it.
 pub struct Fleet {
     me: NodeId,
@@ -272,15 +275,18 @@ impl Fleet {
                 Some(Event::Reset { at, state }) => {
                     let mut table = Table::default();
                     table.begin(at.epoch);
-                    for entry in &state {
-                        if let Some(told) = Told::read(entry) {
+                    for (i, entry) in state.into_iter().enumerate() {
+                        if let Some(told) = Told::read(&entry) {
                             self.put(&mut table, told, entry.rev);
+                        }
+                        if i % BREATH == BREATH - 1 {
+                            tokio::task::yield_now().await;
                         }
                     }
                     table.take_over(&self.table.read());
-                    // The former one is large: it ends when nobody waits for it.
+                    // The former one is large: it ends where nobody waits for that.
                     let former = std::mem::replace(&mut *self.table.write(), table);
-                    drop(former);
+                    tokio::task::spawn_blocking(move || drop(former));
                     self.link(&stop);
                     self.check_own();
                 }
