@@ -84,6 +84,17 @@ fn published(n: usize, key: &str) -> [(String, String); 2] {
     [(format!("cfg/sock/s{n}"), socket.to_string()), (format!("cfg/tun/t{n}"), tunnel.to_string())]
 }
 
+/// What a node that is none tells: that it lives, and that it has a tunnel.
+fn lives(node: &str) -> (String, String) {
+    (format!("live/node/{node}"), json!({"v": 1, "boot": "0123456789abcdef"}).to_string())
+}
+
+fn location(node: &str, n: usize) -> (String, String) {
+    let location = json!({"v": 1, "boot": "0123456789abcdef", "login": 0, "epoch": "",
+        "since_ms": 1_700_000_000_000_u64, "rtt_us": 20_000});
+    (format!("live/loc/{node}/t{n}"), location.to_string())
+}
+
 /// The line of a key that nobody has: each owner has one of their own.
 fn nobodys_key(n: usize) -> String {
     let mut blob = b"\0\0\0\x0bssh-ed25519\0\0\0\x20".to_vec();
@@ -225,6 +236,7 @@ struct Started {
 }
 
 async fn start(node: &mut Node, records: usize) -> Started {
+    node.kill9();
     let begun = Instant::now();
     node.restart().await;
     let ready = begun.elapsed();
@@ -260,13 +272,7 @@ async fn fleet_a_hundred_thousand_sockets_and_locations() {
 
     let begun = Instant::now();
     etcd.put_all((0..RECORDS).flat_map(|n| published(n, &nobodys_key(n)))).await;
-    etcd.put_all((0..RECORDS).map(|n| {
-        let location = json!({"v": 1, "boot": "0123456789abcdef", "login": 0, "epoch": "",
-            "since_ms": 1_700_000_000_000_u64, "rtt_us": 20_000});
-        (format!("live/loc/{}/t{n}", OTHERS[n % OTHERS.len()]), location.to_string())
-    }))
-    .await;
-    let lives = |node: &str| (format!("live/node/{node}"), json!({"v": 1, "boot": "0123456789abcdef"}).to_string());
+    etcd.put_all((0..RECORDS).map(|n| location(OTHERS[n % OTHERS.len()], n))).await;
     etcd.put_all(OTHERS.into_iter().map(lives)).await;
     eprintln!("written in {:?}", begun.elapsed());
 
@@ -300,4 +306,47 @@ async fn fleet_a_hundred_thousand_sockets_and_locations() {
         })
         .await;
     }
+}
+
+/// Locations told one by one, 500 a second: a fleet of a million tunnels whose sessions
+/// last for an hour has about as many events.
+#[tokio::test(flavor = "multi_thread")]
+async fn fleet_what_an_event_costs_a_node_and_etcd() {
+    const EVENTS: usize = 5000;
+    if !long() {
+        return;
+    }
+    let etcd = EtcdCluster::start(1).await;
+    let node = Node::with(etcd.node("a", false).set("log", "level = \"warn\"")).await;
+    etcd.put_all([lives("p1")].into_iter()).await;
+    let (mut told, mut cost, mut watchers) = (0, Vec::new(), JoinSet::new());
+    for others in [0, 20, 60] {
+        for _ in watchers.len()..others {
+            let mut client = etcd.client().await;
+            let options = etcd_client::WatchOptions::new().with_prefix();
+            let mut watch = client.watch(format!("{ROOT}live/"), Some(options)).await.unwrap();
+            watchers.spawn(async move { while let Ok(Some(_)) = watch.message().await {} });
+        }
+        let (kv, mut tick) = (etcd.client().await.kv_client(), tokio::time::interval(Duration::from_millis(2)));
+        let before = (node.usage().cpu, etcd.usage(0).cpu);
+        let mut puts = JoinSet::new();
+        for _ in 0..EVENTS {
+            tick.tick().await;
+            let ((key, value), mut kv) = (location("p1", told), kv.clone());
+            puts.spawn(async move { kv.put(format!("{ROOT}{key}"), value, None).await.unwrap() });
+            told += 1;
+        }
+        puts.join_all().await;
+        counts(&node, DEADLINE, &[("/fleet/locations", told)]).await;
+        let after = (node.usage().cpu, etcd.usage(0).cpu);
+        let each = |before: Duration, after: Duration| (after - before).as_secs_f64() * 1e6 / EVENTS as f64;
+        cost.push((others, each(before.1, after.1)));
+        eprintln!(
+            "an event, with {others} other watchers: {:.0} µs of CPU at the node, {:.0} µs at etcd",
+            each(before.0, after.0),
+            each(before.1, after.1)
+        );
+    }
+    let ([few, .., many], watchers) = (cost.as_slice(), watchers) else { unreachable!() };
+    eprintln!("one more watcher: {:.1} µs at etcd for each event", (many.1 - few.1) / watchers.len() as f64);
 }

@@ -9,7 +9,10 @@ use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions, Txn
 use futures_util::{StreamExt, stream};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
-use super::{DEADLINE, NodeOpts, Program, eventually_within, own_address};
+use super::{DEADLINE, NodeOpts, Program, Usage, eventually_within, own_address};
+
+/// What the nodes' keys stand below.
+pub const ROOT: &str = "/adit/1/";
 
 struct Member {
     ip: IpAddr,
@@ -136,15 +139,19 @@ impl EtcdCluster {
         if done.status.success() { Ok(said) } else { Err(said) }
     }
 
-    /// Writes many records, past the nodes and their checks, as root: keys below the
-    /// nodes' prefix, and values.
-    pub async fn put_all(&self, records: impl Iterator<Item = (String, String)>) {
+    /// A client that may do all.
+    pub async fn client(&self) -> Client {
         let read = |name: &str| std::fs::read(self.path(name)).unwrap();
         let identity = Identity::from_pem(read("root.pem"), read("root.key"));
         let tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read("ca.pem"))).identity(identity);
-        let options = ConnectOptions::new().with_tls(tls);
-        let client = Client::connect(self.endpoints(), Some(options)).await.unwrap();
-        let puts: Vec<TxnOp> = records.map(|(key, value)| TxnOp::put(format!("/adit/1/{key}"), value, None)).collect();
+        Client::connect(self.endpoints(), Some(ConnectOptions::new().with_tls(tls))).await.unwrap()
+    }
+
+    /// Writes many records, past the nodes and their checks: keys below the nodes'
+    /// prefix, and values.
+    pub async fn put_all(&self, records: impl Iterator<Item = (String, String)>) {
+        let client = self.client().await;
+        let puts: Vec<TxnOp> = records.map(|(key, value)| TxnOp::put(format!("{ROOT}{key}"), value, None)).collect();
         // etcd takes 128 of one transaction.
         let written = stream::iter(puts.chunks(120)).for_each_concurrent(8, |some| {
             let mut kv = client.kv_client();
@@ -153,6 +160,11 @@ impl EtcdCluster {
             }
         });
         written.await;
+    }
+
+    /// What a member uses now.
+    pub fn usage(&self, i: usize) -> Usage {
+        Usage::of(self.members[i].program.as_ref().unwrap().pid())
     }
 
     fn endpoints(&self) -> Vec<String> {

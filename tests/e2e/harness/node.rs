@@ -205,7 +205,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    fn of(pid: u32) -> Self {
+    pub(super) fn of(pid: u32) -> Self {
         let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
         let status = read("status");
         let kib = |field: &str| -> u64 {
