@@ -50,10 +50,10 @@ fn benches(c: &mut Criterion) {
     let begun = Instant::now();
     let mut known = Known::default();
     for n in 0..NODES {
-        assert!(known.put(format!("live/node/{}", node(n)), &lives(n)));
+        assert!(known.put(format!("up/node/{}", node(n)), &lives(n)));
     }
     for n in 0..LOCATIONS {
-        assert!(known.put(format!("live/loc/{}/{}", node(n), tunnel(n)), &location(n)));
+        assert!(known.put(format!("up/loc/{}/{}", node(n), tunnel(n)), &location(n)));
     }
     let (took, grown) = (begun.elapsed(), resident() - before);
     println!(
@@ -67,10 +67,8 @@ fn benches(c: &mut Criterion) {
     let mut group = c.benchmark_group("a fleet of 10^6 tunnels at 1000 nodes");
     let mut asked = ids.iter().cycle();
     group.bench_function("where a tunnel is", |b| b.iter(|| known.places(black_box(asked.next().unwrap()))));
-    let events: Vec<(String, String)> = jumping(LOCATIONS)
-        .take(100_000)
-        .map(|n| (format!("live/loc/{}/{}", node(n), tunnel(n)), location(n)))
-        .collect();
+    let events: Vec<(String, String)> =
+        jumping(LOCATIONS).take(100_000).map(|n| (format!("up/loc/{}/{}", node(n), tunnel(n)), location(n))).collect();
     let mut next = events.iter().cycle();
     group.bench_function("a login", |b| {
         b.iter(|| {
@@ -85,7 +83,7 @@ fn benches(c: &mut Criterion) {
             known.put(key.clone(), value)
         });
     });
-    let node_keys: Vec<String> = (0..NODES).map(|n| format!("live/node/{}", node(n))).collect();
+    let node_keys: Vec<String> = (0..NODES).map(|n| format!("up/node/{}", node(n))).collect();
     let mut dying = jumping(NODES);
     group.bench_function("a node's death, and its return", |b| {
         b.iter(|| {

@@ -45,10 +45,11 @@ use crate::stream::Stream;
 use crate::tcp::TcpSettings;
 use crate::tunnel::Tunnels;
 
-/// Who lives: under a lease.
-const NODES: &str = "live/node/";
-/// Where tunnels are: `live/loc/<node>/<tunnel>`, without one.
-const LOCATIONS: &str = "live/loc/";
+/// Who lives: under a lease. Behind all records in the order of keys, so that one watch
+/// of those has none of these, which are many more.
+const NODES: &str = "up/node/";
+/// Where tunnels are: `up/loc/<node>/<tunnel>`, without one.
+const LOCATIONS: &str = "up/loc/";
 
 /// Records of a whole state that are taken in between two chances for other tasks.
 const BREATH: usize = 256;
@@ -451,3 +452,14 @@ fn location_key(key: &str) -> Option<(&str, &str)> {
 
 /// The lease of a node: it is dead so long after it was heard last.
 const LEASE: Duration = Duration::from_secs(6);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nodes_tell_of_themselves_is_not_sent_to_who_follows_records() {
+        let records = crate::feed::follower::prefixes();
+        assert!(records.iter().all(|prefix| *prefix < NODES && *prefix < LOCATIONS), "{records:?}");
+    }
+}

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::settings::Coordinates;
 
-/// `live/node/<node>`.
+/// `up/node/<node>`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct NodeRecord {
     v: u32,
@@ -55,7 +55,7 @@ impl NodeRecord {
     }
 }
 
-/// `live/loc/<node>/<tunnel>`.
+/// `up/loc/<node>/<tunnel>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Location {
     /// The run of the node that told it.

@@ -86,13 +86,13 @@ fn published(n: usize, key: &str) -> [(String, String); 2] {
 
 /// What a node that is none tells: that it lives, and that it has a tunnel.
 fn lives(node: &str) -> (String, String) {
-    (format!("live/node/{node}"), json!({"v": 1, "boot": "0123456789abcdef"}).to_string())
+    (format!("up/node/{node}"), json!({"v": 1, "boot": "0123456789abcdef"}).to_string())
 }
 
 fn location(node: &str, n: usize) -> (String, String) {
     let location = json!({"v": 1, "boot": "0123456789abcdef", "login": 0, "epoch": "",
         "since_ms": 1_700_000_000_000_u64, "rtt_us": 20_000});
-    (format!("live/loc/{node}/t{n}"), location.to_string())
+    (format!("up/loc/{node}/t{n}"), location.to_string())
 }
 
 /// The line of a key that nobody has: each owner has one of their own.
@@ -324,7 +324,7 @@ async fn fleet_what_an_event_costs_a_node_and_etcd() {
         for _ in watchers.len()..others {
             let mut client = etcd.client().await;
             let options = etcd_client::WatchOptions::new().with_prefix();
-            let mut watch = client.watch(format!("{ROOT}live/"), Some(options)).await.unwrap();
+            let mut watch = client.watch(format!("{ROOT}up/"), Some(options)).await.unwrap();
             watchers.spawn(async move { while let Ok(Some(_)) = watch.message().await {} });
         }
         let (kv, mut tick) = (etcd.client().await.kv_client(), tokio::time::interval(Duration::from_millis(2)));

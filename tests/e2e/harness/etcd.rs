@@ -178,8 +178,8 @@ impl EtcdCluster {
         let role = format!("node-{name}");
         self.ctl(&["role", "add", &role]);
         self.ctl(&["role", "grant-permission", &role, "read", "/adit/1/", "--prefix"]);
-        self.ctl(&["role", "grant-permission", &role, "readwrite", &format!("/adit/1/live/node/{name}")]);
-        for below in [format!("/adit/1/live/loc/{name}/"), "/adit/1/live/revoked/".into()] {
+        self.ctl(&["role", "grant-permission", &role, "readwrite", &format!("/adit/1/up/node/{name}")]);
+        for below in [format!("/adit/1/up/loc/{name}/"), "/adit/1/live/revoked/".into()] {
             self.ctl(&["role", "grant-permission", &role, "readwrite", &below, "--prefix"]);
         }
         self.ctl(&["user", "grant-role", name, &role]);
