@@ -99,7 +99,7 @@ const HISTOGRAMS: &[(&str, Unit, &str)] = &[
     (
         "adit_fleet_location_seconds",
         Unit::Seconds,
-        "From an owner's login at another node, by its clock, until it is known here",
+        "From the grant of a login at another node, by its clock, until it is known here",
     ),
     ("adit_tunnel_rtt_seconds", Unit::Seconds, "Round trips to owners' SSH clients"),
 ];
