@@ -86,15 +86,15 @@ for node; do
 	if [ -n "$remove" ]; then
 		say "etcdctl user delete $node"
 		say "etcdctl role delete node-$node"
-		say "etcdctl del ${prefix}live/node/$node"
-		say "etcdctl del ${prefix}live/loc/$node/ --prefix"
+		say "etcdctl del ${prefix}up/node/$node"
+		say "etcdctl del ${prefix}up/loc/$node/ --prefix"
 		continue
 	fi
 	add role "node-$node"
 	# A node reads everything, and writes what is its own.
 	grant "node-$node" read "$prefix" --prefix
-	grant "node-$node" readwrite "${prefix}live/node/$node"
-	grant "node-$node" readwrite "${prefix}live/loc/$node/" --prefix
+	grant "node-$node" readwrite "${prefix}up/node/$node"
+	grant "node-$node" readwrite "${prefix}up/loc/$node/" --prefix
 	grant "node-$node" readwrite "${prefix}live/revoked/" --prefix
 	add user "$node" --no-password
 	say "etcdctl user grant-role $node node-$node"

@@ -38,7 +38,7 @@ impl Head {
             }
             Candidate::There { place, peer, .. } => {
                 let trip = fleet.map_or(Duration::ZERO, |fleet| fleet.round_trip(place));
-                let cost = trip + place.round_trip.unwrap_or_default();
+                let cost = trip + place.round_trip().unwrap_or_default();
                 (peer.is_up(), peer.is_draining(), cost, place.streams())
             }
         };

@@ -127,7 +127,7 @@ impl Way for Candidate {
         match self {
             Self::Here(_) => None,
             Self::There { place, me, peer } => {
-                Some(Far { entry: me.clone(), owner: place.node.clone(), between: peer.round_trip() })
+                Some(Far { entry: me.clone(), owner: place.node().clone(), between: peer.round_trip() })
             }
         }
     }
@@ -229,9 +229,9 @@ impl Dialer {
         let places = fleet.places(tunnel);
         // What the fleet was not told of yet is the latest there is.
         let known = here.first().is_some_and(|serving| fleet.knows(tunnel, serving.session.id));
-        let mine = places.iter().position(|place| place.peer.is_none()).filter(|_| known).unwrap_or(0);
+        let mine = places.iter().position(|place| place.peer().is_none()).filter(|_| known).unwrap_or(0);
         let there = |place: &Arc<Place>| {
-            let peer = Arc::clone(place.peer.as_ref()?);
+            let peer = Arc::clone(place.peer()?);
             Some(Candidate::There { place: Arc::clone(place), peer, me: fleet.me().clone() })
         };
         let (later, earlier) = places.split_at(mine);

@@ -32,12 +32,9 @@ impl Prefixes {
         self.iter().any(|p| key.starts_with(p))
     }
 
-    /// What all of them begin with.
+    /// The first and the last: what lies between them covers all.
     #[cfg(feature = "etcd")]
-    pub(super) fn common(&self) -> &str {
-        let (Some(first), Some(last)) = (self.0.first(), self.0.last()) else { return "" };
-        // They are sorted: what the first and the last share, all share.
-        let same = first.bytes().zip(last.bytes()).take_while(|(a, b)| a == b).count();
-        (0..=same).rev().find_map(|end| first.get(..end)).unwrap_or_default()
+    pub(super) fn ends(&self) -> (&str, &str) {
+        (self.0.first().map_or("", String::as_str), self.0.last().map_or("", String::as_str))
     }
 }

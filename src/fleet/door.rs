@@ -115,8 +115,8 @@ impl Door {
                     timeout(SILENT, stream.flush()).await??;
                 }
                 Frame::Line { tunnel, text } => {
-                    if let Some(session) = self.fleet.tunnels.serving(&tunnel) {
-                        session.console.visit_elsewhere(&text);
+                    if let Some(serving) = self.fleet.tunnels.serving(&tunnel) {
+                        serving.session.console.visit_elsewhere(&text);
                     }
                 }
                 _ => return Err(io::ErrorKind::InvalidData.into()),

@@ -40,16 +40,19 @@ use self::table::Table;
 use self::wire::Open;
 use crate::error::Error;
 use crate::feed::{Change, Entry, Event, Feed, Subscription};
-use crate::limits::Permit;
 use crate::model::{NodeId, SocketId, TunnelId, Visitor};
 use crate::stream::Stream;
 use crate::tcp::TcpSettings;
 use crate::tunnel::Tunnels;
 
-/// Who lives: under a lease.
-const NODES: &str = "live/node/";
-/// Where tunnels are: `live/loc/<node>/<tunnel>`, without one.
-const LOCATIONS: &str = "live/loc/";
+/// Who lives: under a lease. Behind all records in the order of keys, so that one watch
+/// of those has none of these, which are many more.
+const NODES: &str = "up/node/";
+/// Where tunnels are: `up/loc/<node>/<tunnel>`, without one.
+const LOCATIONS: &str = "up/loc/";
+
+/// Records of a whole state that are taken in between two chances for other tasks.
+const BREATH: usize = 256;
 
 /// What this node knows of the fleet, and tells it.
 pub struct Fleet {
@@ -153,7 +156,7 @@ impl Fleet {
 
     /// Where a tunnel is that is not here.
     fn elsewhere(&self, tunnel: &TunnelId) -> Option<NodeId> {
-        self.places(tunnel).iter().map(|place| place.node.clone()).find(|node| *node != self.me)
+        self.places(tunnel).iter().map(|place| place.node().clone()).find(|node| *node != self.me)
     }
 
     /// Opens a stream to a tunnel at another node; how long its origin took there. A
@@ -166,7 +169,7 @@ impl Fleet {
     /// # Cancel safety
     /// Cancel safe: what opens after the caller has left is closed.
     pub async fn open(&self, place: &Place, errand: Errand<'_>) -> Result<(Stream, Duration), Error> {
-        let Some(peer) = &place.peer else { return Err(Error::NoTunnel) };
+        let Some(peer) = place.peer() else { return Err(Error::NoTunnel) };
         let open = Open {
             tunnel: place.tunnel.clone(),
             login: place.order,
@@ -174,13 +177,13 @@ impl Fleet {
             visitor: *errand.visitor,
             id: errand.id.to_owned(),
         };
-        let open = peer.open(open).await.map(|(stream, took)| match Permit::take(&place.streams, usize::MAX) {
+        let open = peer.open(open).await.map(|(stream, took)| match place.visit() {
             Some(visitor) => (stream.holding(visitor), took),
             None => (stream, took),
         });
         open.map_err(|refused| match refused {
             Refused::NotHere(hint) => {
-                tracing::debug!(tunnel = %place.tunnel, node = %place.node, ?hint, "the tunnel is not there");
+                tracing::debug!(tunnel = %place.tunnel, node = %place.node(), ?hint, "the tunnel is not there");
                 place.deny();
                 Error::NoTunnel
             }
@@ -200,9 +203,9 @@ impl Fleet {
 
     /// The round trip to a place's node, measured or guessed; none for this one.
     pub fn round_trip(&self, place: &Place) -> Duration {
-        match &place.peer {
+        match place.peer() {
             None => Duration::ZERO,
-            Some(peer) => peer.round_trip().unwrap_or_else(|| self.guess(&place.node)),
+            Some(peer) => peer.round_trip().unwrap_or_else(|| self.guess(place.node())),
         }
     }
 
@@ -279,8 +282,18 @@ impl Fleet {
                 Some(Event::Reset { at, state }) => {
                     let mut table = Table::default();
                     table.begin(at.epoch);
-                    state.iter().for_each(|entry| self.put(&mut table, entry));
-                    *self.table.write() = table;
+                    for (i, entry) in state.into_iter().enumerate() {
+                        if let Some(told) = Told::read(&entry) {
+                            self.put(&mut table, told, entry.rev);
+                        }
+                        if i % BREATH == BREATH - 1 {
+                            tokio::task::yield_now().await;
+                        }
+                    }
+                    table.take_over(&self.table.read());
+                    // The former one is large: it ends where nobody waits for that.
+                    let former = std::mem::replace(&mut *self.table.write(), table);
+                    tokio::task::spawn_blocking(move || drop(former));
                     self.link(&stop);
                     self.check_own();
                 }
@@ -309,43 +322,19 @@ impl Fleet {
     fn apply(&self, change: &Change, now: SystemTime) {
         match change {
             Change::Put(entry) => {
-                self.put(&mut self.table.write(), entry);
-                if let Some((node, _)) = location_key(&entry.key)
-                    && node != self.me.as_str()
-                    && let Some(told) = Location::read(&entry.value)
-                    && told.login == 0
-                    && let Ok(age) = now.duration_since(told.since)
-                {
+                let Some(told) = Told::read(entry) else { return };
+                if let Some(age) = told.age(&self.me, now) {
                     metrics::histogram!("adit_fleet_location_seconds").record(age.as_secs_f64());
                 }
+                self.put(&mut self.table.write(), told, entry.rev);
             }
-            Change::Delete { key, .. } => {
-                let mut table = self.table.write();
-                if let Some(node) = key.strip_prefix(NODES) {
-                    table.remove_node(node);
-                } else if let Some((node, tunnel)) = location_key(key) {
-                    table.remove_location(node, tunnel);
-                }
-            }
+            Change::Delete { key, .. } => remove(&mut self.table.write(), key),
         }
     }
 
-    /// Takes a record in; one that cannot be read leaves the last good one.
-    fn put(&self, table: &mut Table, entry: &Entry) {
-        let known = if let Some(node) = entry.key.strip_prefix(NODES) {
-            node.parse().ok().zip(NodeRecord::read(&entry.value)).map(|(id, node)| table.put_node(id, node))
-        } else {
-            let ids = location_key(&entry.key).and_then(|(node, tunnel)| node.parse().ok().zip(tunnel.parse().ok()));
-            ids.zip(Location::read(&entry.value)).map(|((node, tunnel), location)| {
-                let next_id = || self.next_place.fetch_add(1, Ordering::Relaxed);
-                let peer = self.peer(&node);
-                table.put_location((node, peer), tunnel, location, entry.rev, next_id);
-            })
-        };
-        if known.is_none() {
-            metrics::counter!("adit_feed_records_refused_total", "kind" => "live").increment(1);
-            tracing::error!(key = entry.key, "what a node tells of itself cannot be read; the last good one stays");
-        }
+    fn put(&self, table: &mut Table, told: Told, rev: u64) {
+        let next_id = || self.next_place.fetch_add(1, Ordering::Relaxed);
+        told.put_into(table, rev, |id| self.peer(id), next_id);
     }
 
     /// Whether the fleet still knows us as what we are.
@@ -384,6 +373,89 @@ impl Fleet {
     }
 }
 
+/// What a node tells of itself.
+enum Told {
+    Node(NodeId, NodeRecord),
+    Location(NodeId, TunnelId, Location),
+}
+
+impl Told {
+    /// Reads a record; of one that cannot be read the last good one stays.
+    fn read(entry: &Entry) -> Option<Self> {
+        let Entry { key, value, .. } = entry;
+        let told = if let Some(node) = key.strip_prefix(NODES) {
+            node.parse().ok().zip(NodeRecord::read(value)).map(|(node, record)| Self::Node(node, record))
+        } else {
+            let ids = location_key(key).and_then(|(node, tunnel)| node.parse().ok().zip(tunnel.parse().ok()));
+            ids.zip(Location::read(value)).map(|((node, tunnel), location)| Self::Location(node, tunnel, location))
+        };
+        if told.is_none() {
+            metrics::counter!("adit_feed_records_refused_total", "kind" => "live").increment(1);
+            tracing::error!(key, "what a node tells of itself cannot be read; the last good one stays");
+        }
+        told
+    }
+
+    /// How long ago a login was that another node tells of first.
+    fn age(&self, me: &NodeId, now: SystemTime) -> Option<Duration> {
+        let Self::Location(node, _, Location { login: 0, since, .. }) = self else { return None };
+        now.duration_since(*since).ok().filter(|_| node != me)
+    }
+
+    fn put_into(
+        self,
+        table: &mut Table,
+        rev: u64,
+        peer: impl FnOnce(&NodeId) -> Option<Arc<Peer>>,
+        next_id: impl FnOnce() -> u64,
+    ) {
+        match self {
+            Self::Node(node, record) => table.put_node(node, record),
+            Self::Location(node, tunnel, location) => table.put_location((node, peer), tunnel, location, rev, next_id),
+        }
+    }
+}
+
+fn remove(table: &mut Table, key: &str) {
+    if let Some(node) = key.strip_prefix(NODES) {
+        table.remove_node(node);
+    } else if let Some((node, tunnel)) = location_key(key) {
+        table.remove_location(node, tunnel);
+    }
+}
+
+/// A table by itself, fed with records: for its bench.
+#[doc(hidden)]
+#[derive(Default)]
+pub struct Known {
+    table: Table,
+    rev: u64,
+}
+
+impl Known {
+    /// Takes a record in; whether it could be read.
+    pub fn put(&mut self, key: String, value: &str) -> bool {
+        self.rev += 1;
+        let told = Told::read(&Entry { key, value: value.into(), rev: self.rev });
+        told.map(|told| told.put_into(&mut self.table, self.rev, |_| None, || self.rev)).is_some()
+    }
+
+    /// Takes a record out.
+    pub fn remove(&mut self, key: &str) {
+        remove(&mut self.table, key);
+    }
+
+    /// At how many nodes a tunnel is.
+    pub fn places(&self, tunnel: &TunnelId) -> usize {
+        self.table.places(tunnel).len()
+    }
+
+    /// How many tunnels are at nodes that live.
+    pub fn tunnels(&self) -> usize {
+        self.table.nodes().map(|(_, _, tunnels)| tunnels).sum()
+    }
+}
+
 /// Node and tunnel of a location's key; ids have no slash.
 fn location_key(key: &str) -> Option<(&str, &str)> {
     key.strip_prefix(LOCATIONS)?.split_once('/')
@@ -391,3 +463,14 @@ fn location_key(key: &str) -> Option<(&str, &str)> {
 
 /// The lease of a node: it is dead so long after it was heard last.
 const LEASE: Duration = Duration::from_secs(6);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nodes_tell_of_themselves_is_not_sent_to_who_follows_records() {
+        let records = crate::feed::follower::prefixes();
+        assert!(records.iter().all(|prefix| *prefix < NODES && *prefix < LOCATIONS), "{records:?}");
+    }
+}

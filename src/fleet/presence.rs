@@ -106,14 +106,14 @@ async fn register(fleet: &Fleet, said: &mut Said) -> Result<Registered, WriteErr
     let mut left = Vec::new();
     for entry in told {
         let tunnel: Option<TunnelId> = location_key(&entry.key).and_then(|(_, tunnel)| tunnel.parse().ok());
-        let Some((tunnel, session)) = tunnel.and_then(|t| fleet.tunnels.serving(&t).map(|session| (t, session))) else {
+        let Some((tunnel, serving)) = tunnel.and_then(|t| fleet.tunnels.serving(&t).map(|serving| (t, serving))) else {
             left.push(entry.key);
             continue;
         };
         // Written, although the answer to that was lost: it is the login's order.
         let location = Location::read(&entry.value).filter(|told| told.boot == fleet.boot && told.login == 0);
-        if location.is_some_and(|told| told.is_since(session.since)) {
-            said.logins.entry((tunnel, session.id)).or_insert((entry.rev, epoch.clone()));
+        if location.is_some_and(|told| told.is_since(serving.since)) {
+            said.logins.entry((tunnel, serving.session.id)).or_insert((entry.rev, epoch.clone()));
         }
     }
     let draining = fleet.is_draining();
@@ -169,8 +169,8 @@ async fn tell_all(fleet: &Fleet, said: &mut Said, registered: &mut Registered) -
             () = tokio::time::sleep(TRAILS), if !was_known => {}
             _ = look.tick() => {
                 let moved = said.serving.iter().filter(|(tunnel, (session, told))| {
-                    let serving = fleet.tunnels.serving(tunnel).filter(|serving| serving.id == *session);
-                    serving.is_some_and(|serving| is_another(*told, serving.rtt()))
+                    let serving = fleet.tunnels.serving(tunnel).filter(|serving| serving.session.id == *session);
+                    serving.is_some_and(|serving| is_another(*told, serving.session.rtt()))
                 });
                 dirty.extend(moved.map(|(tunnel, _)| tunnel.clone()));
             }
@@ -200,20 +200,19 @@ async fn tell(
     for tunnel in &some {
         let key = format!("{LOCATIONS}{}/{tunnel}", fleet.me);
         match fleet.tunnels.serving(tunnel) {
-            Some(session)
-                if said
-                    .serving
-                    .get(tunnel)
-                    .is_some_and(|(told, trip)| *told == session.id && !is_another(*trip, session.rtt())) => {}
-            Some(session) => {
-                let login = (tunnel.clone(), session.id);
+            Some(serving)
+                if said.serving.get(tunnel).is_some_and(|(told, trip)| {
+                    *told == serving.session.id && !is_another(*trip, serving.session.rtt())
+                }) => {}
+            Some(serving) => {
+                let login = (tunnel.clone(), serving.session.id);
                 let (first, of) = said.logins.get(&login).cloned().unwrap_or_default();
                 let location = Location {
                     boot: fleet.boot.clone(),
                     login: first,
                     epoch: of,
-                    since: session.since,
-                    round_trip: session.rtt(),
+                    since: serving.since,
+                    round_trip: serving.session.rtt(),
                 };
                 ops.push(Op::Put { key, value: location.to_text(), lease: None });
                 told.push((login, first == 0, location.round_trip));

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::settings::Coordinates;
 
-/// `live/node/<node>`.
+/// `up/node/<node>`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct NodeRecord {
     v: u32,
@@ -55,7 +55,7 @@ impl NodeRecord {
     }
 }
 
-/// `live/loc/<node>/<tunnel>`.
+/// `up/loc/<node>/<tunnel>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Location {
     /// The run of the node that told it.
@@ -64,7 +64,7 @@ pub(super) struct Location {
     /// counts in; 0: this is the one.
     pub(super) login: u64,
     pub(super) epoch: String,
-    /// When the owner logged in.
+    /// When the owner's login registered it.
     pub(super) since: SystemTime,
     /// The round trip from the node to the owner's client, once measured.
     pub(super) round_trip: Option<Duration>,

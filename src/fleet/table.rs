@@ -2,61 +2,99 @@
 //! answer on every node, in whatever order they came.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::peer::Peer;
 use super::record::{Location, NodeRecord};
 use crate::feed::Epoch;
+use crate::limits::Permit;
 use crate::model::{NodeId, TunnelId};
 
 #[derive(Debug, Default)]
 pub(super) struct Table {
     epoch: Option<Epoch>,
     nodes: BTreeMap<NodeId, NodeRecord>,
-    locations: HashMap<TunnelId, Vec<Told>>,
+    /// The runs that locations are of: one node has one, seldom more.
+    runs: HashMap<NodeId, Vec<Arc<Run>>>,
+    locations: HashMap<TunnelId, Vec<Arc<Place>>>,
     told: usize,
 }
 
-/// A location, whether its node lives or not.
+/// A run of a node that told of locations, whether it lives or not.
 #[derive(Debug)]
-struct Told {
-    boot: String,
-    place: Arc<Place>,
+struct Run {
+    node: NodeId,
+    boot: Box<str>,
+    /// How the node is reached; none: it is this one.
+    peer: Option<Arc<Peer>>,
+    /// Locations that are of it.
+    told: AtomicUsize,
 }
 
-/// Where a tunnel is logged in.
+/// Where a tunnel is logged in. There are as many as the fleet has logins: what many
+/// share is in their run.
 #[derive(Debug)]
 pub struct Place {
     /// Its number as a way to an origin: another login there has another one.
     pub id: u64,
     /// The tunnel.
     pub tunnel: TunnelId,
-    /// The node.
-    pub node: NodeId,
+    run: Arc<Run>,
     /// The order of its login: the highest serves, the others stand by.
     pub order: u64,
-    /// The round trip from the node to the owner's client, once measured.
-    pub round_trip: Option<Duration>,
-    /// How the node is reached; none: it is this one.
-    pub peer: Option<Arc<Peer>>,
-    /// Visitors of this node that are there.
-    pub(super) streams: Arc<AtomicUsize>,
+    /// In microseconds.
+    round_trip: Option<NonZeroU32>,
     /// The node itself said that it is not there.
     denied: AtomicBool,
+    /// Visitors of this node that are there; none before the first.
+    streams: OnceLock<Arc<AtomicUsize>>,
 }
 
 impl Place {
+    /// The node.
+    pub fn node(&self) -> &NodeId {
+        &self.run.node
+    }
+
+    /// How the node is reached; none: it is this one.
+    pub fn peer(&self) -> Option<&Arc<Peer>> {
+        self.run.peer.as_ref()
+    }
+
+    /// The round trip from the node to the owner's client, once measured.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.round_trip.map(|micros| Duration::from_micros(micros.get().into()))
+    }
+
     /// Visitors of this node that are there.
     pub fn streams(&self) -> usize {
-        self.streams.load(Ordering::Relaxed)
+        self.streams.get().map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// One more of them, while the permit lives.
+    pub(super) fn visit(&self) -> Option<Permit> {
+        Permit::take(self.streams.get_or_init(Arc::default), usize::MAX)
     }
 
     /// The node itself says that the tunnel is not there: of no use until it tells of
     /// it again.
     pub(super) fn deny(&self) {
         self.denied.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is of the same login as a former one.
+    fn is_again(&self, former: &Self) -> bool {
+        let (ours, theirs) = (&self.run, &former.run);
+        self.order == former.order && ours.node == theirs.node && ours.boot == theirs.boot
+    }
+
+    /// The same login, told again: what is kept open to it stays.
+    fn keep(&mut self, former: &Self) {
+        self.id = former.id;
+        self.streams.clone_from(&former.streams);
     }
 }
 
@@ -77,7 +115,7 @@ impl Table {
     /// Takes in what revision `rev` says of a tunnel at a node, which `peer` reaches.
     pub(super) fn put_location(
         &mut self,
-        (node, peer): (NodeId, Option<Arc<Peer>>),
+        (node, peer): (NodeId, impl FnOnce(&NodeId) -> Option<Arc<Peer>>),
         tunnel: TunnelId,
         location: Location,
         rev: u64,
@@ -87,26 +125,45 @@ impl Table {
         // the future.
         let again = location.login > 0 && self.epoch.as_ref().is_some_and(|epoch| *epoch.0 == *location.epoch);
         let order = if again { location.login.min(rev) } else { rev };
-        let all = self.locations.entry(tunnel.clone()).or_default();
-        let before = all.len();
-        let former = all.iter().position(|told| told.place.node == node).map(|at| all.swap_remove(at));
-        // The same login, told again: what is kept open to it stays.
-        let same = former.filter(|told| told.place.order == order && told.boot == location.boot);
-        let kept = |told: Told| (told.place.id, Arc::clone(&told.place.streams));
-        let (id, streams) = same.map_or_else(|| (next_id(), Arc::default()), kept);
-        let (round_trip, denied) = (location.round_trip, AtomicBool::new(false));
-        let place = Arc::new(Place { id, tunnel, node, order, round_trip, peer, streams, denied });
-        all.push(Told { boot: location.boot, place });
-        self.told = self.told + all.len() - before;
+        let run = run(&mut self.runs, node, location.boot, peer);
+        let entry = self.locations.entry(tunnel);
+        let tunnel = entry.key().clone();
+        // Most tunnels are logged in once.
+        let all = entry.or_insert_with(|| Vec::with_capacity(1));
+        let former = all.iter().position(|place| place.run.node == run.node).map(|at| all.swap_remove(at));
+        let round_trip = location.round_trip.and_then(|trip| NonZeroU32::new(u32::try_from(trip.as_micros()).ok()?));
+        run.told.fetch_add(1, Ordering::Relaxed);
+        let (denied, streams) = (AtomicBool::new(false), OnceLock::new());
+        let mut place = Place { id: 0, tunnel, run, order, round_trip, denied, streams };
+        match former.as_ref().filter(|former| place.is_again(former)) {
+            Some(former) => place.keep(former),
+            None => place.id = next_id(),
+        }
+        all.push(Arc::new(place));
+        match former {
+            Some(former) => _ = former.run.told.fetch_sub(1, Ordering::Relaxed),
+            None => self.told += 1,
+        }
     }
 
     pub(super) fn remove_location(&mut self, node: &str, tunnel: &str) {
         let Some(all) = self.locations.get_mut(tunnel) else { return };
-        let before = all.len();
-        all.retain(|told| told.place.node.as_str() != node);
-        self.told -= before - all.len();
+        if let Some(at) = all.iter().position(|place| place.run.node.as_str() == node) {
+            all.swap_remove(at).run.told.fetch_sub(1, Ordering::Relaxed);
+            self.told -= 1;
+        }
         if all.is_empty() {
             self.locations.remove(tunnel);
+        }
+    }
+
+    /// Keeps what is open to logins that a former table has too.
+    pub(super) fn take_over(&mut self, former: &Self) {
+        for place in self.locations.values_mut().flatten().filter_map(Arc::get_mut) {
+            let all = former.locations.get(&place.tunnel).map(Vec::as_slice).unwrap_or_default();
+            if let Some(former) = all.iter().find(|former| place.is_again(former)) {
+                place.keep(former);
+            }
         }
     }
 
@@ -116,16 +173,16 @@ impl Table {
         let all = self.locations.get(tunnel).map(Vec::as_slice).unwrap_or_default();
         let mut places: Vec<Arc<Place>> = all
             .iter()
-            .filter(|told| self.lives(told) && !told.place.denied.load(Ordering::Relaxed))
-            .map(|told| Arc::clone(&told.place))
+            .filter(|place| self.lives(&place.run) && !place.denied.load(Ordering::Relaxed))
+            .map(Arc::clone)
             .collect();
         // Two of one revision: logins that one transaction told of.
-        places.sort_by(|a, b| b.order.cmp(&a.order).then_with(|| a.node.cmp(&b.node)));
+        places.sort_by(|a, b| b.order.cmp(&a.order).then_with(|| a.node().cmp(b.node())));
         places
     }
 
-    fn lives(&self, told: &Told) -> bool {
-        self.nodes.get(&told.place.node).is_some_and(|node| node.boot == told.boot)
+    fn lives(&self, run: &Run) -> bool {
+        self.nodes.get(&run.node).is_some_and(|node| *node.boot == *run.boot)
     }
 
     /// A node that lives.
@@ -140,13 +197,10 @@ impl Table {
 
     /// The nodes that live, each with how many tunnels are logged in there.
     pub(super) fn nodes(&self) -> impl Iterator<Item = (&NodeId, &NodeRecord, usize)> {
-        let mut counts: HashMap<&NodeId, usize> = HashMap::new();
-        for told in self.locations.values().flatten() {
-            if self.lives(told) {
-                *counts.entry(&told.place.node).or_default() += 1;
-            }
-        }
-        self.nodes.iter().map(move |(id, node)| (id, node, counts.get(id).copied().unwrap_or(0)))
+        self.nodes.iter().map(|(id, node)| {
+            let run = self.runs.get(id).and_then(|runs| runs.iter().find(|run| *run.boot == *node.boot));
+            (id, node, run.map_or(0, |run| run.told.load(Ordering::Relaxed)))
+        })
     }
 
     /// The life of the data; "" before the first record.
@@ -158,6 +212,25 @@ impl Table {
     pub(super) fn size(&self) -> (usize, usize) {
         (self.nodes.len(), self.told)
     }
+}
+
+/// The one value of a run, which its locations share.
+fn run(
+    runs: &mut HashMap<NodeId, Vec<Arc<Run>>>,
+    node: NodeId,
+    boot: String,
+    peer: impl FnOnce(&NodeId) -> Option<Arc<Peer>>,
+) -> Arc<Run> {
+    if let Some(known) = runs.get(&node).and_then(|runs| runs.iter().find(|run| *run.boot == *boot)) {
+        return Arc::clone(known);
+    }
+    let (peer, boot) = (peer(&node), boot.into());
+    let runs = runs.entry(node.clone()).or_default();
+    // Of a former run nothing may be left.
+    runs.retain(|run| run.told.load(Ordering::Relaxed) > 0);
+    let run = Arc::new(Run { node, boot, peer, told: AtomicUsize::new(0) });
+    runs.push(Arc::clone(&run));
+    run
 }
 
 #[cfg(test)]
@@ -186,11 +259,11 @@ mod tests {
     }
 
     fn put(table: &mut Table, node: &str, tunnel: &str, location: Location, rev: u64) {
-        table.put_location((id(node), None), id(tunnel), location, rev, || rev);
+        table.put_location((id(node), |_: &NodeId| None), id(tunnel), location, rev, || rev);
     }
 
     fn places(table: &Table) -> Vec<(String, u64)> {
-        table.places(&id("t")).into_iter().map(|place| (place.node.to_string(), place.order)).collect()
+        table.places(&id("t")).into_iter().map(|place| (place.node().to_string(), place.order)).collect()
     }
 
     #[test]
@@ -225,6 +298,33 @@ mod tests {
         assert_eq!(first(&table), None);
         put(&mut table, "a", "t", location("1", 0, ""), 40);
         assert_eq!(first(&table), Some((40, 40)));
+    }
+
+    #[test]
+    fn a_whole_state_that_is_told_again_keeps_ways_and_counts() {
+        let fill = |first_id: u64| {
+            let mut table = table(&[("a", "2"), ("b", "1")]);
+            for (n, (node, boot)) in (0..).zip([("a", "1"), ("a", "2"), ("b", "1")]) {
+                let next_id = || first_id + n;
+                let location = location(boot, 0, "");
+                table.put_location((id(node), |_: &NodeId| None), id(&format!("t{n}")), location, 10 + n, next_id);
+            }
+            table
+        };
+        let first = fill(100);
+        let counts = |table: &Table| table.nodes().map(|(_, _, tunnels)| tunnels).collect::<Vec<_>>();
+        assert_eq!((counts(&first), first.size()), (vec![1, 1], (2, 3)));
+        let visitor = first.places(&id("t2"))[0].visit();
+        let mut second = fill(200);
+        put(&mut second, "a", "t1", location("2", 0, ""), 20);
+        second.take_over(&first);
+        let way = |tunnel: &str| second.places(&id(tunnel)).first().map(|place| (place.id, place.streams()));
+        assert_eq!((way("t0"), way("t1"), way("t2")), (None, Some((20, 0)), Some((102, 1))));
+        drop(visitor);
+        assert_eq!(way("t2"), Some((102, 0)));
+        second.remove_location("a", "t1");
+        second.remove_location("a", "t1");
+        assert_eq!((counts(&second), second.size()), (vec![0, 1], (2, 2)));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
@@ -232,6 +232,8 @@ pub struct Attachment {
     pub tunnel: TunnelId,
     /// How its channels are opened.
     pub bind: Bind,
+    /// When it was registered.
+    pub since: SystemTime,
     /// The record under which the session was last found entitled.
     entitled: Mutex<Arc<Tunnel>>,
 }
@@ -396,9 +398,9 @@ impl Tunnels {
         self.live.iter().map(|t| (t.key().clone(), sessions(t.value()))).collect()
     }
 
-    /// The session that serves a tunnel here.
-    pub fn serving(&self, tunnel: &TunnelId) -> Option<Arc<Session>> {
-        self.live.get(tunnel)?.last().map(|attached| Arc::clone(&attached.session))
+    /// What serves a tunnel here: of the latest login.
+    pub fn serving(&self, tunnel: &TunnelId) -> Option<Arc<Attachment>> {
+        self.live.get(tunnel)?.last().map(Arc::clone)
     }
 
     /// The sessions that have a tunnel here, standbys included.
@@ -438,6 +440,7 @@ impl Tunnels {
             session: Arc::clone(session),
             tunnel: tunnel.id.clone(),
             bind,
+            since: SystemTime::now(),
             entitled: Mutex::new(Arc::clone(tunnel)),
         });
         // In the order of logins: who asks again later does not become newer.

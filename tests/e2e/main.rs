@@ -23,6 +23,8 @@ mod fleet_feed;
 #[cfg(feature = "etcd")]
 mod fleet_links;
 #[cfg(feature = "etcd")]
+mod fleet_scale;
+#[cfg(feature = "etcd")]
 mod fleet_ways;
 mod gate_attacks;
 mod gate_browser;

@@ -38,7 +38,7 @@ const PAGE: i64 = 20_000;
 /// one message.
 const MESSAGE_MAX: usize = 64 << 20;
 /// What nodes write of themselves: by their own identity.
-const OWN: &str = "live/";
+const OWN: [&str; 2] = ["live/", "up/"];
 /// What is said of a message beyond that.
 const TOO_LARGE: &str = "message length too large";
 /// How often a silent connection is asked whether it lives. etcd cuts who asks more
@@ -222,7 +222,7 @@ impl Etcd {
 
     async fn txn(&self, txn: Txn) -> Result<u64, WriteError> {
         let own = txn.ops.iter().all(|op| match op {
-            Op::Put { key, .. } | Op::Delete { key } => key.starts_with(OWN),
+            Op::Put { key, .. } | Op::Delete { key } => OWN.iter().any(|own| key.starts_with(own)),
         });
         let compares = txn.expect.iter().map(|(key, expect)| {
             let key = self.full(key);

@@ -8,7 +8,7 @@ use etcd_client::{Event as EtcdEvent, EventType, GetOptions, SortOrder, SortTarg
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{Etcd, MESSAGE_MAX, TOO_LARGE, signed, text, unsigned};
+use super::{Etcd, MESSAGE_MAX, TOO_LARGE, end_of, signed, text, unsigned};
 use crate::feed::prefixes::Prefixes;
 use crate::feed::{Change, Cursor, Event, ReadError};
 
@@ -118,12 +118,15 @@ impl Follower {
             }
         };
         self.at = Some(at.clone());
+        // One watch, because only one tells revisions in their order. What else lies
+        // between is sent in vain.
+        let (first, last) = self.prefixes.ends();
         let options = WatchOptions::new()
-            .with_prefix()
+            .with_range(end_of(&self.feed.full(last)))
             .with_start_revision(signed(at.rev) + 1)
             // Now and then where nothing changes here, so that the place stays in the history.
             .with_progress_notify();
-        let key = self.feed.full(self.prefixes.common());
+        let key = self.feed.full(first);
         let (_, member) = self.feed.member().map_err(Ended::Broken)?;
         let mut client = member.client.watch_client().max_decoding_message_size(MESSAGE_MAX);
         let begun = tokio::time::timeout(self.feed.deadline, client.watch(key, Some(options))).await;

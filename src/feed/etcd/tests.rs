@@ -156,9 +156,8 @@ conformance!(Real::new());
 fn the_end_of_a_prefix_is_behind_all_that_begin_so() {
     assert_eq!(end_of("/adit/1/"), b"/adit/10");
     assert_eq!(end_of(""), [0]);
-    assert_eq!(Prefixes::new(&["cfg/sock/", "cfg/tun/", "live/"]).common(), "");
-    assert_eq!(Prefixes::new(&["cfg/sock/", "cfg/tun/", "cfg/sock/a"]).common(), "cfg/");
-    assert_eq!(Prefixes::new(&["cfg/sock/"]).common(), "cfg/sock/");
+    assert_eq!(Prefixes::new(&["live/", "cfg/sock/", "cfg/"]).ends(), ("cfg/", "live/"));
+    assert_eq!(Prefixes::new(&["cfg/sock/"]).ends(), ("cfg/sock/", "cfg/sock/"));
 }
 
 /// Until something is told that `wanted` knows.

@@ -5,9 +5,14 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions, Txn, TxnOp};
+use futures_util::{StreamExt, stream};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
-use super::{DEADLINE, NodeOpts, Program, eventually_within, own_address};
+use super::{DEADLINE, NodeOpts, Program, Usage, eventually_within, own_address};
+
+/// What the nodes' keys stand below.
+pub const ROOT: &str = "/adit/1/";
 
 struct Member {
     ip: IpAddr,
@@ -139,6 +144,34 @@ impl EtcdCluster {
         if done.status.success() { Ok(said) } else { Err(said) }
     }
 
+    /// A client that may do all.
+    pub async fn client(&self) -> Client {
+        let read = |name: &str| std::fs::read(self.path(name)).unwrap();
+        let identity = Identity::from_pem(read("root.pem"), read("root.key"));
+        let tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read("ca.pem"))).identity(identity);
+        Client::connect(self.endpoints(), Some(ConnectOptions::new().with_tls(tls))).await.unwrap()
+    }
+
+    /// Writes many records, past the nodes and their checks: keys below the nodes'
+    /// prefix, and values.
+    pub async fn put_all(&self, records: impl Iterator<Item = (String, String)>) {
+        let client = self.client().await;
+        let puts: Vec<TxnOp> = records.map(|(key, value)| TxnOp::put(format!("{ROOT}{key}"), value, None)).collect();
+        // etcd takes 128 of one transaction.
+        let written = stream::iter(puts.chunks(120)).for_each_concurrent(8, |some| {
+            let mut kv = client.kv_client();
+            async move {
+                kv.txn(Txn::new().and_then(some)).await.unwrap();
+            }
+        });
+        written.await;
+    }
+
+    /// What a member uses now.
+    pub fn usage(&self, i: usize) -> Usage {
+        Usage::of(self.members[i].program.as_ref().unwrap().pid())
+    }
+
     fn endpoints(&self) -> Vec<String> {
         self.members.iter().map(|member| format!("https://{}:2379", member.ip)).collect()
     }
@@ -150,8 +183,8 @@ impl EtcdCluster {
         let role = format!("node-{name}");
         self.ctl(&["role", "add", &role]);
         self.ctl(&["role", "grant-permission", &role, "read", "/adit/1/", "--prefix"]);
-        self.ctl(&["role", "grant-permission", &role, "readwrite", &format!("/adit/1/live/node/{name}")]);
-        for below in [format!("/adit/1/live/loc/{name}/"), "/adit/1/live/revoked/".into()] {
+        self.ctl(&["role", "grant-permission", &role, "readwrite", &format!("/adit/1/up/node/{name}")]);
+        for below in [format!("/adit/1/up/loc/{name}/"), "/adit/1/live/revoked/".into()] {
             self.ctl(&["role", "grant-permission", &role, "readwrite", &below, "--prefix"]);
         }
         self.ctl(&["user", "grant-role", name, &role]);

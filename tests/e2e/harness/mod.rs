@@ -24,7 +24,7 @@ pub use browser::{Answer, Browser, Form, Manner};
 #[allow(unused_imports)]
 pub use chromium::Chromium;
 #[cfg(feature = "etcd")]
-pub use etcd::EtcdCluster;
+pub use etcd::{EtcdCluster, ROOT};
 #[allow(unused_imports)]
 pub use jar::{Cookie, Jar, Reach, SameSite};
 #[cfg(feature = "etcd")]

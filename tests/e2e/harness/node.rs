@@ -196,14 +196,19 @@ impl Node {
         (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
-    /// The value of one metric, named with its labels; 0 where it is not told.
-    pub async fn metric(&self, name: &str) -> f64 {
+    /// All metrics, as a scraper reads them.
+    pub async fn metrics(&self) -> String {
         let mut stream = tokio::net::TcpStream::connect(self.addr("control")).await.unwrap();
         let host = self.addr("control").to_string();
         let head = format!("GET /metrics HTTP/1.1\r\n{}", self.token());
         let call = request(&mut stream, &head, &host, b"");
         let (_, _, body) = within(DEADLINE, "the metrics", call).await;
-        let text = String::from_utf8(body).unwrap();
+        String::from_utf8(body).unwrap()
+    }
+
+    /// The value of one metric, named with its labels; 0 where it is not told.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = self.metrics().await;
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
         value.unwrap_or(0.0)
     }
@@ -227,6 +232,8 @@ impl Node {
 pub struct Usage {
     /// Resident memory, in bytes.
     pub memory: u64,
+    /// The most that it ever was.
+    pub peak: u64,
     /// Open descriptors.
     pub descriptors: usize,
     /// Processor time of all its threads since its start.
@@ -234,17 +241,20 @@ pub struct Usage {
 }
 
 impl Usage {
-    fn of(pid: u32) -> Self {
+    pub(super) fn of(pid: u32) -> Self {
         let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
         let status = read("status");
-        let resident = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
-        let kib: u64 = resident.split_whitespace().next().unwrap().parse().unwrap();
+        let kib = |field: &str| -> u64 {
+            let told = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+            told.split_whitespace().next().unwrap().parse().unwrap()
+        };
         // proc_pid_stat(5): the name may hold anything; utime and stime are fields 14 and 15.
         let stat = read("stat");
         let ticks = stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2);
         let ticks: u64 = ticks.map(|n| n.parse::<u64>().unwrap()).sum();
         Self {
-            memory: kib << 10,
+            memory: kib("VmRSS:") << 10,
+            peak: kib("VmHWM:") << 10,
             descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(),
             // USER_HZ is 100 on every Linux of today.
             cpu: Duration::from_millis(ticks * 10),
