@@ -76,7 +76,12 @@ const GAUGES: &[(&str, Unit, &str)] = &[
     ("adit_origin_connections_kept", Unit::Count, "Connections to origins that wait for a request"),
     ("adit_tunnels_attached", Unit::Count, "Tunnels that live sessions serve, standbys included"),
     ("adit_sessions", Unit::Count, "SSH sessions logged in"),
-    ("adit_fleet_streams", Unit::Count, "Visitors between nodes, by side: entry, or owner of the tunnel"),
+    (
+        "adit_fleet_nodes_suspect",
+        Unit::Count,
+        "Nodes that vanished from the feed with many others, and are kept for a minute",
+    ),
+    ("adit_fleet_streams", Unit::Count, "Visitors of other nodes at tunnels of this one, by side: owner"),
     ("adit_fleet_nodes", Unit::Count, "Nodes of the fleet that live"),
     ("adit_fleet_locations", Unit::Count, "Tunnels that nodes of the fleet told of"),
     ("adit_ready", Unit::Count, "1 while the node takes visitors"),

@@ -236,6 +236,11 @@ pub async fn run(config: Config) -> Result<(), Failure> {
             let ready = Arc::clone(&ready);
             Box::new(move || ready.load(Ordering::Acquire).then_some(()).ok_or_else(|| "starting or draining".into()))
         },
+        writers: {
+            let fleet = fleet.clone();
+            let writers = move || fleet.as_ref().map(|fleet| fleet.writers()).unwrap_or_default();
+            Box::new(move || writers().iter().map(ToString::to_string).collect())
+        },
         drain: {
             let asked = drain_asked.clone();
             Box::new(move || asked.cancel())

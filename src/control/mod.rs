@@ -60,6 +60,8 @@ pub struct NodeHooks {
     pub metrics: Box<dyn Fn() -> String + Send + Sync>,
     /// Whether the node takes visitors; the error says why not.
     pub ready: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
+    /// The nodes of the fleet whose APIs write records.
+    pub writers: Box<dyn Fn() -> Vec<String> + Send + Sync>,
     /// Begins the drain; returns at once.
     pub drain: Box<dyn Fn() + Send + Sync>,
 }
@@ -209,7 +211,7 @@ async fn answer(
     let began = Instant::now();
     let mut response = match dispatch(state, peer, request, ends).await {
         Ok(response) => response,
-        Err(problem) => problem.into_response(),
+        Err(problem) => problem.naming(&state.node.writers).into_response(),
     };
     // Answers hold keys and change at any time.
     response.headers_mut().entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));

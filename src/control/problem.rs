@@ -76,6 +76,16 @@ impl Problem {
         Self::new(StatusCode::FORBIDDEN, "forbidden", "Refused", detail)
     }
 
+    /// Names who does what this node may not, where it is a write that was denied.
+    pub(super) fn naming(mut self, writers: impl FnOnce() -> Vec<String>) -> Self {
+        if self.code == "read_only" {
+            let writers = writers();
+            let who = if writers.is_empty() { "No node that lives does.".into() } else { writers.join(", ") };
+            self.detail = format!("{}. Nodes that write records: {who}", self.detail);
+        }
+        self
+    }
+
     pub(super) fn unavailable(code: &'static str, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, code, "Not available now", detail)
             .with_header(header::RETRY_AFTER, "1")
@@ -150,7 +160,9 @@ impl From<RecordError> for Problem {
                 let status = StatusCode::INTERNAL_SERVER_ERROR;
                 Self { errors, ..Self::new(status, "unreadable", "The stored record cannot be read", detail) }
             }
-            RecordError::Write(WriteError::Denied(why)) => Self::forbidden(&why),
+            RecordError::Write(WriteError::Denied(why)) => {
+                Self::new(StatusCode::FORBIDDEN, "read_only", "This node does not write records", why)
+            }
             RecordError::Contended => Self::unavailable("contended", detail),
             RecordError::Write(WriteError::Unknown(_)) => {
                 Self::unavailable("unknown", format!("{detail}. Read the record to see whether it was written."))

@@ -57,6 +57,7 @@ async fn node(change: impl FnOnce(&mut ControlSettings)) -> Node {
     let (ready, drained) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
     let (is_ready, drain) = (ready.clone(), drained.clone());
     let hooks = NodeHooks {
+        writers: Box::new(Vec::new),
         status: Box::new(|| [("listeners".to_owned(), Value::from(3))].into_iter().collect()),
         metrics: Box::new(|| "adit_up 1\n".to_owned()),
         ready: Box::new(move || if is_ready.load(Ordering::Relaxed) { Ok(()) } else { Err("it leaves".into()) }),

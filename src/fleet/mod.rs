@@ -7,6 +7,7 @@
 
 pub mod authority; // the CA of its nodes
 mod door;
+mod guard;
 mod identity;
 mod peer;
 mod presence;
@@ -24,6 +25,7 @@ use dashmap::DashMap;
 use parking_lot::{Mutex, RwLock};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 pub use self::door::Door;
@@ -33,6 +35,7 @@ pub use self::table::Place;
 #[doc(hidden)]
 pub use self::wire::fuzz as fuzz_wire;
 
+use self::guard::Guard;
 use self::identity::Identity;
 use self::peer::{Means, Refused};
 use self::record::{Location, NodeRecord};
@@ -177,19 +180,25 @@ impl Fleet {
             visitor: *errand.visitor,
             id: errand.id.to_owned(),
         };
-        let open = peer.open(open).await.map(|(stream, took)| match place.visit() {
-            Some(visitor) => (stream.holding(visitor), took),
-            None => (stream, took),
-        });
-        open.map_err(|refused| match refused {
-            Refused::NotHere(hint) => {
-                tracing::debug!(tunnel = %place.tunnel, node = %place.node(), ?hint, "the tunnel is not there");
-                place.deny();
-                Error::NoTunnel
+        let mut opened = peer.open(open.clone()).await;
+        if let Err(Refused::NotHere(hint)) = &opened {
+            tracing::debug!(tunnel = %place.tunnel, node = %place.node(), ?hint, "the tunnel is not there");
+            place.deny();
+            // Its table is newer than ours: what it names is asked at once, and no other.
+            let named = hint.as_ref().filter(|node| *node != place.node()).and_then(|node| self.peer(node));
+            if let Some(named) = named.filter(|peer| peer.is_up()) {
+                opened = named.open(open).await;
             }
-            Refused::Failed(error) => error,
-            Refused::Unreachable => Error::TunnelLost,
-        })
+        }
+        match opened {
+            Ok((stream, took)) => match place.visit() {
+                Some(visitor) => Ok((stream.holding(visitor), took)),
+                None => Ok((stream, took)),
+            },
+            Err(Refused::NotHere(_)) => Err(Error::NoTunnel),
+            Err(Refused::Failed(error)) => Err(error),
+            Err(Refused::Unreachable) => Err(Error::TunnelLost),
+        }
     }
 
     /// What a way to a node costs before it is measured: 3 ms and what light in glass
@@ -213,6 +222,11 @@ impl Fleet {
     fn trips(&self) -> Vec<(NodeId, Duration)> {
         let up = self.peers.iter().filter(|peer| peer.is_up());
         up.filter_map(|peer| Some((peer.id.clone(), peer.round_trip()?))).collect()
+    }
+
+    /// The nodes whose APIs write records.
+    pub fn writers(&self) -> Vec<NodeId> {
+        self.table.read().nodes().filter(|(_, node, _)| node.control).map(|(id, ..)| id.clone()).collect()
     }
 
     /// Tells the others that this node is about to leave.
@@ -272,10 +286,19 @@ impl Fleet {
     }
 
     async fn follow(&self, mut events: Subscription, stop: CancellationToken) {
+        let mut guard = Guard::default();
         loop {
+            let due = guard.next();
             let event = tokio::select! {
                 () = stop.cancelled() => return,
                 event = events.next() => event,
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    for id in guard.due(Instant::now()) {
+                        self.table.write().remove_node(id.as_str());
+                    }
+                    self.link(&stop);
+                    continue;
+                }
             };
             match event {
                 None => return,
@@ -291,6 +314,7 @@ impl Fleet {
                         }
                     }
                     table.take_over(&self.table.read());
+                    self.keep_vanished(&mut table, &mut guard);
                     // The former one is large: it ends where nobody waits for that.
                     let former = std::mem::replace(&mut *self.table.write(), table);
                     tokio::task::spawn_blocking(move || drop(former));
@@ -302,7 +326,7 @@ impl Fleet {
                     let mut nodes = false;
                     for change in changes {
                         nodes |= change.key().starts_with(NODES);
-                        self.apply(&change, now);
+                        self.apply(&change, now, &mut guard);
                     }
                     if nodes {
                         self.link(&stop);
@@ -314,20 +338,53 @@ impl Fleet {
                 Some(Event::Stale { .. }) => {}
             }
             let (nodes, locations) = self.table.read().size();
+            metrics::gauge!("adit_fleet_nodes_suspect").set(guard.len() as f64);
             metrics::gauge!("adit_fleet_nodes").set(nodes as f64);
             metrics::gauge!("adit_fleet_locations").set(locations as f64);
         }
     }
 
-    fn apply(&self, change: &Change, now: SystemTime) {
+    /// A whole state that lacks many nodes is as doubtful as their deletes.
+    fn keep_vanished(&self, table: &mut Table, guard: &mut Guard) {
+        let former = self.table.read();
+        let mut there = former.size().0;
+        for (id, node, _) in former.nodes() {
+            if table.node(id).is_some() {
+                guard.came(id);
+            } else if *id != self.me && !node.draining && guard.keeps(id, there, Instant::now()) {
+                table.put_node(id.clone(), node.clone());
+            } else {
+                there -= 1;
+            }
+        }
+    }
+
+    /// Whether a node whose key was deleted is kept for now.
+    fn keeps(&self, key: &str, guard: &mut Guard) -> bool {
+        let Some(id) = key.strip_prefix(NODES).and_then(|id| id.parse::<NodeId>().ok()) else { return false };
+        let table = self.table.read();
+        // Ours is told anew, and who said goodbye is gone.
+        let vanished = id != self.me && table.node(&id).is_some_and(|node| !node.draining);
+        let kept = vanished && guard.keeps(&id, table.size().0, Instant::now());
+        if kept {
+            tracing::error!(node = %id, "many nodes vanished from the feed at once: this one is kept for a minute");
+        }
+        kept
+    }
+
+    fn apply(&self, change: &Change, now: SystemTime, guard: &mut Guard) {
         match change {
             Change::Put(entry) => {
                 let Some(told) = Told::read(entry) else { return };
                 if let Some(age) = told.age(&self.me, now) {
                     metrics::histogram!("adit_fleet_location_seconds").record(age.as_secs_f64());
                 }
+                if let Some(id) = entry.key.strip_prefix(NODES).and_then(|id| id.parse().ok()) {
+                    guard.came(&id);
+                }
                 self.put(&mut self.table.write(), told, entry.rev);
             }
+            Change::Delete { key, .. } if self.keeps(key, guard) => {}
             Change::Delete { key, .. } => remove(&mut self.table.write(), key),
         }
     }

@@ -44,7 +44,8 @@ async fn fleet_records_written_at_one_node_act_at_all() {
     assert_eq!((read, &record["hostnames"]), (200, &json!(["web.edge.localhost"])));
     let (denied, why) = c.api("PUT", "/v1/sockets/other", Some(&json!({"type": "tcp"}))).await;
     assert_eq!(denied, 403, "{why}");
-    assert!(why["detail"].as_str().unwrap().contains("etcd.control_certificate"), "{why}");
+    let detail = why["detail"].as_str().unwrap();
+    assert!(detail.contains("etcd.control_certificate") && detail.ends_with("Nodes that write records: a"), "{why}");
     // Nobody gets a name or a port twice, wherever it was asked for.
     let twice = json!({"type": "http", "hostnames": ["web.edge.localhost"]});
     assert_eq!(a.api("PUT", "/v1/sockets/twice", Some(&twice)).await.0, 409);
