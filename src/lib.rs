@@ -34,6 +34,8 @@
 //! | store's writer (a thread) | `feed::store` | `Store::close` |
 //! | etcd: one a subscription, one a lease; the cache of the last state | `feed::etcd`, `feed::cache` | with who listens, or holds it |
 //! | gates' watch over what runs; fleet's follower and presence | `node` | stop |
+//! | a link to each other node, what makes connections ready | `fleet` | the node is gone, or stop |
+//! | a connection of another node | `fleet::Door` | with it, or stop |
 //! | control connections | `control` | stop |
 
 pub mod drain; // the stages of the shutdown
