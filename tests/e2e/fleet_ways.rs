@@ -402,3 +402,59 @@ async fn fleet_strangers_at_the_door_of_nodes_get_nothing() {
     assert_eq!(end.unwrap_or(0), 0);
     assert_eq!(status(&a).await, 200);
 }
+
+/// Sends a gibibyte down from an origin at b to a visitor of a; the processor time that
+/// it cost a, and how many splices strace saw, where it may look.
+async fn gibibyte(splice: bool) -> (Duration, Option<usize>) {
+    let etcd = EtcdCluster::start(1).await;
+    let change = |opts: NodeOpts| {
+        opts.set("fleet", "private = [\"127.0.0.0/8\"]")
+            .set("relay", &format!("splice = {splice}"))
+            .set("log", "level = \"warn\"")
+    };
+    let [a, b, _c] = fleet(&etcd, change).await;
+    a.put("sockets/db", json!({"type": "tcp"})).await;
+    a.put("tunnels/db", json!({"socket": "db", "keys": [b.key.line()]})).await;
+    let port = a.port_of("db").await;
+    linked(&a, 2).await;
+    let origin = Origin::raw().await;
+    eventually("the socket is known", async || (b.api("GET", "/v1/tunnels/db", None).await.0 == 200).then_some(()))
+        .await;
+    let _owner = Ssh::start(&b, &[&format!("tcp/db:{}", origin.target())]).await;
+    let take = async |bytes: u64| {
+        let mut tcp = TcpStream::connect((a.ip, port)).await.ok()?;
+        tcp.write_all(format!("DOWN {bytes}\n").as_bytes()).await.ok()?;
+        tcp.shutdown().await.ok()?;
+        Pattern::read(None, &mut tcp).await.ok().filter(|got| *got == bytes)
+    };
+    eventually("the tunnel is known", async || take(5).await).await;
+    let before = a.usage().cpu;
+    within(Duration::from_secs(120), "a gibibyte", take(1 << 30)).await.expect("all of it");
+    let spent = a.usage().cpu - before;
+    let mut strace = std::process::Command::new("strace");
+    strace.args(["-f", "-qq", "-e", "trace=splice", "-p", &a.pid().to_string()]);
+    let strace = Program::start("strace", strace);
+    // It says nothing where it is let; and has ended where it is not.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    within(Duration::from_secs(120), "16 MiB", take(16 << 20)).await.expect("all of it");
+    let said = strace.output();
+    let seen = said.lines().filter(|line| line.contains("splice(") && !line.contains("= -1")).count();
+    (spent, (!said.contains("ttach")).then_some(seen))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fleet_splicing_between_nodes_costs_less_than_copying() {
+    if !long() {
+        return;
+    }
+    let (spliced, calls) = gibibyte(true).await;
+    let (copied, none) = gibibyte(false).await;
+    println!(
+        "a GiB at the entry: {spliced:?} of CPU spliced ({calls:?} splices of 16 MiB), {copied:?} copied ({none:?})"
+    );
+    assert!(spliced < copied, "{spliced:?} {copied:?}");
+    match (calls, none) {
+        (Some(calls), Some(none)) => assert!(calls > 20 && none == 0, "{calls} {none}"),
+        _ => eprintln!("skipped: strace may not look here"),
+    }
+}

@@ -149,6 +149,11 @@ impl Node {
         self.program.as_mut().unwrap()
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.program.as_ref().unwrap().pid()
+    }
+
     /// Its log so far.
     pub fn log(&self) -> String {
         self.program.as_ref().unwrap().output()
