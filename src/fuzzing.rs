@@ -140,6 +140,7 @@ mod tests {
             ("ssh_preauth", crate::ssh::fuzzing::preauth),
             ("ssh_session", crate::ssh::fuzzing::session),
             ("ssh_keys", crate::ssh::fuzzing::keys),
+            ("fleet_wire", crate::fleet::fuzz_wire),
         ] {
             let seeds = std::fs::read_dir(format!("{}/fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
             let replayed = seeds.map(|seed| target(&std::fs::read(seed.unwrap().path()).unwrap())).count();

@@ -239,6 +239,13 @@ impl Dialer {
         later.chain(here.into_iter().map(Candidate::Here)).chain(earlier.iter().filter_map(there)).collect()
     }
 
+    /// The same, but a dead node's wait for who serves in their place.
+    fn living_first(&self, tunnel: &TunnelId) -> Vec<Candidate> {
+        let mut holders = self.holders(tunnel);
+        holders.sort_by_key(|way| matches!(way, Candidate::There { peer, .. } if !peer.is_up()));
+        holders
+    }
+
     async fn attempt(&self, way: Candidate, errand: Errand<'_>) -> Result<Dialed<Candidate>, Error> {
         let opened = match (&way, &self.fleet) {
             (Candidate::Here(attachment), _) => {
@@ -271,13 +278,14 @@ impl Dial for Dialer {
     /// Of each tunnel the latest login, in the order of the socket's policy; then the
     /// standbys.
     fn ways(&self, route: &Route, ip: IpAddr) -> Vec<Candidate> {
+        if let [tunnel] = route.tunnels.as_slice() {
+            // Most sockets have one, and nothing to be chosen.
+            return self.living_first(tunnel);
+        }
         let mut heads = Vec::with_capacity(route.tunnels.len());
         let mut standbys = Vec::new();
         for tunnel in &route.tunnels {
-            let mut holders = self.holders(tunnel);
-            // A dead node's tunnels wait for who serves in their place.
-            holders.sort_by_key(|way| matches!(way, Candidate::There { peer, .. } if !peer.is_up()));
-            let mut holders = holders.into_iter();
+            let mut holders = self.living_first(tunnel).into_iter();
             let record = self.tunnels.record(tunnel);
             heads.extend(
                 holders.next().map(|way| Head::new(way, record.as_deref(), self.fleet.as_deref(), &self.health)),
