@@ -40,13 +40,16 @@ pub struct Door {
     relay: RelaySettings,
     stages: Stages,
     streams: Arc<AtomicUsize>,
+    /// All that are open, those that wait too.
+    connections: Arc<AtomicUsize>,
     unknown: PerAddress,
 }
 
 impl Door {
     /// A door that nobody has opened yet.
     pub fn new(fleet: Arc<Fleet>, relay: RelaySettings, stages: Stages) -> Arc<Self> {
-        Arc::new(Self { fleet, relay, stages, streams: Arc::default(), unknown: PerAddress::new(UNKNOWN, false) })
+        let unknown = PerAddress::new(UNKNOWN, false);
+        Arc::new(Self { fleet, relay, stages, streams: Arc::default(), connections: Arc::default(), unknown })
     }
 
     /// Takes nodes from a listener until `closed`: also while this node drains, since
@@ -71,6 +74,10 @@ impl Door {
     }
 
     async fn serve(&self, tcp: TcpStream, addr: SocketAddr, done: &CancellationToken) -> io::Result<()> {
+        // As many may wait as may be open.
+        let most = self.fleet.means.settings.streams.saturating_mul(2);
+        let _place =
+            Permit::take(&self.connections, most).ok_or_else(|| io::Error::other("fleet.streams is used up"))?;
         let unknown = self.unknown.admit(addr.ip()).ok_or_else(|| io::Error::other("too many at once"))?;
         let (stream, from, link) = timeout(HELLO, self.hello(tcp, addr)).await??;
         drop(unknown);
