@@ -33,7 +33,7 @@
 //! | follower | `node` | stop |
 //! | store's writer (a thread) | `feed::store` | `Store::close` |
 //! | etcd: one a subscription, one a lease; the cache of the last state | `feed::etcd`, `feed::cache` | with who listens, or holds it |
-//! | gates' watch over what runs; fleet's follower and presence | `node` | stop |
+//! | checks, one for what is due and one a check; gates' watch over what runs; fleet's follower and presence | `node` | stop |
 //! | a link to each other node, what makes connections ready | `fleet` | the node is gone, or stop |
 //! | a connection of another node | `fleet::Door` | with it, or stop |
 //! | control connections | `control` | stop |
@@ -54,6 +54,7 @@ pub mod tcp; // options of OS sockets, listeners, dials
 pub mod tls; // certificates by name, handshakes
 pub mod visit_log; // the record of a visit
 
+pub mod checks; // whether origins serve
 pub mod dial; // the way to an origin
 pub mod gate; // whether they may pass
 pub mod http; // requests
@@ -92,6 +93,7 @@ mod tests {
         ("dial", &["routes", "tunnel", "fleet"]),
         ("http", &["routes", "gate", "dial", "relay"]),
         ("ingress", &["routes", "gate", "dial", "http", "relay", "tunnel"]),
+        ("checks", &["routes", "tunnel", "dial", "http"]),
         ("control", &["feed", "routes", "tunnel"]),
     ];
     const BASE: &[&str] = &[

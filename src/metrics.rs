@@ -47,6 +47,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
         Unit::Count,
         "Requests to login providers, by provider, its kind, what was asked for (metadata, keys, token, userinfo, api) and outcome: ok, refused (another status), failed (no answer)",
     ),
+    ("adit_checks_total", Unit::Count, "Checks of origins that sockets' records ask for, by result"),
     ("adit_tunnels_ejected_total", Unit::Count, "Times that a tunnel which failed was left alone for a while"),
     ("adit_fleet_opens_total", Unit::Count, "Streams asked for at other nodes, by connection: kept ready, or new"),
     ("adit_fleet_bytes_total", Unit::Bytes, "Bytes of other nodes' visitors, by direction: up = towards the origin"),
@@ -228,13 +229,19 @@ fn process() {
     if let Some(max) = max.and_then(|max| max.parse::<f64>().ok()) {
         metrics::gauge!("process_max_fds").set(max);
     }
+    if let Some(time) = processor_time() {
+        metrics::gauge!("process_cpu_seconds_total").set(time.as_secs_f64());
+    }
+}
+
+/// The processor time that this process has used, to 10 ms.
+pub fn processor_time() -> Option<Duration> {
     // proc_pid_stat(5): fields 14 and 15, in hundredths of a second; the name
     // before them may hold anything.
-    let stat = read("stat");
-    let ticks = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(2));
-    if let Some(ticks) = ticks.map(|ticks| ticks.filter_map(|n| n.parse::<f64>().ok()).sum::<f64>()) {
-        metrics::gauge!("process_cpu_seconds_total").set(ticks / 100.0);
-    }
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    let ticks = rest.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
+    Some(Duration::from_millis(10 * ticks.sum::<Result<u64, _>>().ok()?))
 }
 
 #[cfg(test)]

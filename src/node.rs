@@ -15,6 +15,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::checks::Checks;
 use crate::config::Config;
 use crate::control::{self, ControlSettings, ControlState};
 use crate::dial::Dialer;
@@ -201,6 +202,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
             http.close();
         }
     });
+    tasks.spawn(Checks::new(Arc::clone(&routes), Arc::clone(&tunnels), Arc::clone(&http)).run(stop.clone()));
     let parts = ingress::Parts {
         routes: Arc::clone(&routes),
         tls: Arc::clone(&certificates),
@@ -483,6 +485,7 @@ fn status(
             ("tunnels".to_owned(), json!(recorded)),
             ("sessions".to_owned(), json!(tunnels.sessions().len())),
             ("live".to_owned(), Value::Object(live)),
+            ("failing".to_owned(), tunnels.failing().iter().map(|tunnel| json!(tunnel.as_str())).collect()),
             ("ports".to_owned(), json!({ "open": ports.open(), "failed": failed })),
         ];
         own.into_iter().chain(fleet).collect()

@@ -306,6 +306,22 @@ pub async fn tell(stream: &mut Stream, version: Version, visitor: &Visitor, extr
     tell_of_tls(stream, version, visitor, extras, None).await
 }
 
+/// Tells an origin that the connection is our own, of no visitor (§2.1, `UNKNOWN`;
+/// §2.2, `LOCAL`).
+///
+/// # Errors
+/// As of `tell`.
+pub async fn tell_of_none(stream: &mut Stream, version: Version) -> Result<(), Error> {
+    send(stream, &none(version)).await
+}
+
+fn none(version: Version) -> Vec<u8> {
+    match version {
+        Version::V1 => b"PROXY UNKNOWN\r\n".to_vec(),
+        Version::V2 => [SIGNATURE.as_slice(), &[0x20, 0, 0, 0]].concat(),
+    }
+}
+
 /// The same of a visitor whose TLS ended here.
 ///
 /// # Errors
@@ -318,9 +334,12 @@ pub async fn tell_of_tls(
     ssl: Option<Ssl<'_>>,
 ) -> Result<(), Error> {
     let told = Told { source: visitor.addr, destination: visitor.local };
-    let header = write(version, told, extras, ssl);
+    send(stream, &write(version, told, extras, ssl)).await
+}
+
+async fn send(stream: &mut Stream, header: &[u8]) -> Result<(), Error> {
     let written = async {
-        stream.write_all(&header).await?;
+        stream.write_all(header).await?;
         stream.flush().await
     };
     // Fits any window: it waits where the session itself is stuck, and no longer.
@@ -434,9 +453,9 @@ mod tests {
                 assert_eq!((read.unwrap(), rest.as_slice()), (Some(told), b"PROXY is what follows\n".as_slice()));
             }
         }
-        let local = [SIGNATURE.as_slice(), &[0x20, 0, 0, 0], b"x"].concat();
+        let ours = [Version::V1, Version::V2].map(|version| [none(version).as_slice(), b"x"].concat());
         let unknown = b"PROXY UNKNOWN whatever there is\r\nx".to_vec();
-        for bytes in [local, unknown] {
+        for bytes in ours.into_iter().chain([unknown]) {
             let (read, rest) = reads(&bytes, 3).await;
             assert_eq!((read.unwrap(), rest.as_slice()), (None, b"x".as_slice()));
         }

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use dashmap::DashMap;
+use dashmap::{DashMap, DashSet};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -100,6 +100,7 @@ pub struct Routes {
     of_socket: DashMap<SocketId, Vec<TunnelId>>,
     by_key: DashMap<Box<str>, Vec<TunnelId>>,
     by_authority: DashMap<Box<str>, Vec<TunnelId>>,
+    checked: DashSet<SocketId>,
     inside: Arc<Inside>,
     /// Held by the one writer; guards against a second.
     writer: Mutex<()>,
@@ -149,6 +150,16 @@ impl Routes {
         let now = self.socket(&route.socket.id);
         now.as_deref().unwrap_or(route).admits_raw(ip, stay.client())?;
         Ok(stay)
+    }
+
+    /// The socket that a tunnel serves.
+    pub fn socket_of(&self, tunnel: &TunnelId) -> Option<Arc<Route>> {
+        self.socket(&self.tunnel(tunnel)?.socket)
+    }
+
+    /// The sockets whose tunnels are to be checked.
+    pub fn checked(&self) -> Vec<Arc<Route>> {
+        self.checked.iter().filter_map(|id| self.socket(&id)).collect()
     }
 
     /// The tunnel with this id.
@@ -217,6 +228,10 @@ impl Routes {
         let state = old.as_ref().map(|r| Arc::clone(&r.state)).unwrap_or_default();
         let same_gate = old.as_ref().is_some_and(|old| old.socket.gate == socket.gate);
         let new = Arc::new(Route { socket, tunnels, state, client_auth: OnceLock::new() });
+        match new.socket.check {
+            Some(_) => drop(self.checked.insert(new.socket.id.clone())),
+            None => drop(self.checked.remove(&new.socket.id)),
+        }
         self.publish(Arc::clone(&new), old.as_deref());
         if !same_gate {
             self.inside.sift(&new.socket.id, |guest| new.admits_raw(guest.ip, guest.client.as_ref()));
@@ -226,6 +241,7 @@ impl Routes {
     /// Takes a socket out. Visits that hold its `Arc` go on.
     pub fn remove_socket(&self, id: &SocketId) {
         let _writer = self.writer.lock();
+        self.checked.remove(id);
         if let Some((_, old)) = self.by_id.remove(id) {
             self.unpublish_names(&old, |_| true, |_| true);
         }

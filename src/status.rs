@@ -78,6 +78,9 @@ pub fn render(status: &Value) -> String {
         text(&status["tunnels"]),
         text(&status["sessions"])
     );
+    for failing in status["failing"].as_array().into_iter().flatten() {
+        let _ = writeln!(out, "checks fail: {}", text(failing));
+    }
     for refused in status["refused_records"].as_array().into_iter().flatten() {
         let _ = writeln!(out, "refused record: {}", text(refused));
     }
@@ -91,7 +94,9 @@ pub fn render(status: &Value) -> String {
     for node in nodes {
         let state = match (&node["node"] == me, node["draining"] == true, &node["linked"]) {
             (_, true, _) => "draining",
+            (true, ..) if node["spared"].as_u64() > Some(0) => "this one, busy",
             (true, ..) => "this one",
+            (_, _, Value::Bool(true)) if node["spared"].as_u64() > Some(0) => "linked, busy",
             (_, _, Value::Bool(true)) => "linked",
             _ if node["addresses"].as_array().is_none_or(Vec::is_empty) => "no door",
             _ => "no link",

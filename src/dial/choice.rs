@@ -37,20 +37,21 @@ pub(super) struct Head<W = Candidate> {
 
 impl Head {
     pub(super) fn new(way: Candidate, record: Option<&Tunnel>, fleet: Option<&Fleet>, health: &Health) -> Self {
-        let (up, draining, distance, own, load) = match &way {
+        let (up, fails, spared, distance, own, load) = match &way {
             Candidate::Here(attachment) => {
                 let session = &attachment.session;
-                (true, false, Duration::ZERO, session.rtt(), session.channels())
+                (true, attachment.fails(), false, Duration::ZERO, session.rtt(), session.channels())
             }
             Candidate::There { place, peer, .. } => {
                 let trip = fleet.map_or(Duration::ZERO, |fleet| fleet.round_trip(place));
-                (peer.is_up(), peer.is_draining(), trip, place.round_trip(), place.streams())
+                let spared = peer.is_draining() || peer.is_spared(dice);
+                (peer.is_up(), place.fails(), spared, trip, place.round_trip(), place.streams())
             }
         };
         let surely = match () {
             () if !up => 3,
-            () if !health.is_good(way.tunnel(), dice) => 2,
-            () if draining => 1,
+            () if fails || !health.is_good(way.tunnel(), dice) => 2,
+            () if spared => 1,
             () => 0,
         };
         let (priority, weight) = record.map_or((0, 1), |tunnel| (tunnel.priority, tunnel.weight));

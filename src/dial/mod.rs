@@ -228,7 +228,7 @@ impl Dialer {
         let Some(fleet) = &self.fleet else { return here.into_iter().map(Candidate::Here).collect() };
         let places = fleet.places(tunnel);
         // What the fleet was not told of yet is the latest there is.
-        let known = here.first().is_some_and(|serving| fleet.knows(tunnel, serving.session.id));
+        let known = here.iter().any(|one| fleet.knows(tunnel, one.session.id));
         let mine = places.iter().position(|place| place.peer().is_none()).filter(|_| known).unwrap_or(0);
         let there = |place: &Arc<Place>| {
             let peer = Arc::clone(place.peer()?);
@@ -239,10 +239,14 @@ impl Dialer {
         later.chain(here.into_iter().map(Candidate::Here)).chain(earlier.iter().filter_map(there)).collect()
     }
 
-    /// The same, but a dead node's wait for who serves in their place.
-    fn living_first(&self, tunnel: &TunnelId) -> Vec<Candidate> {
+    /// The same, but those of a dead node, or whose origin fails its checks, wait for
+    /// who serves in their place.
+    fn able_first(&self, tunnel: &TunnelId) -> Vec<Candidate> {
         let mut holders = self.holders(tunnel);
-        holders.sort_by_key(|way| matches!(way, Candidate::There { peer, .. } if !peer.is_up()));
+        holders.sort_by_key(|way| match way {
+            Candidate::Here(attachment) => (false, attachment.fails()),
+            Candidate::There { place, peer, .. } => (!peer.is_up(), place.fails()),
+        });
         holders
     }
 
@@ -280,12 +284,12 @@ impl Dial for Dialer {
     fn ways(&self, route: &Route, ip: IpAddr) -> Vec<Candidate> {
         if let [tunnel] = route.tunnels.as_slice() {
             // Most sockets have one, and nothing to be chosen.
-            return self.living_first(tunnel);
+            return self.able_first(tunnel);
         }
         let mut heads = Vec::with_capacity(route.tunnels.len());
         let mut standbys = Vec::new();
         for tunnel in &route.tunnels {
-            let mut holders = self.living_first(tunnel).into_iter();
+            let mut holders = self.able_first(tunnel).into_iter();
             let record = self.tunnels.record(tunnel);
             heads.extend(
                 holders.next().map(|way| Head::new(way, record.as_deref(), self.fleet.as_deref(), &self.health)),

@@ -114,7 +114,8 @@ impl Door {
         loop {
             match timeout(SILENT, Frame::read(&mut stream)).await?? {
                 Frame::Ping(of) => {
-                    let mut said = Frame::Pong { of, draining: self.fleet.is_draining() }.to_bytes();
+                    let (draining, spare) = (self.fleet.is_draining(), self.fleet.load.spare());
+                    let mut said = Frame::Pong { of, draining, spare }.to_bytes();
                     if of % TRIPS == 0 {
                         said.extend(Frame::Trips(self.fleet.trips()).to_bytes());
                     }

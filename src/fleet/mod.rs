@@ -9,6 +9,7 @@ pub mod authority; // the CA of its nodes
 mod door;
 mod guard;
 mod identity;
+mod load;
 mod peer;
 mod presence;
 mod record;
@@ -37,6 +38,7 @@ pub use self::wire::fuzz as fuzz_wire;
 
 use self::guard::Guard;
 use self::identity::Identity;
+use self::load::Load;
 use self::peer::{Means, Refused};
 use self::record::{Location, NodeRecord};
 use self::table::Table;
@@ -77,6 +79,7 @@ pub struct Fleet {
     told: DashMap<TunnelId, u64>,
     next_place: AtomicU64,
     draining: AtomicBool,
+    load: Load,
     /// Our own key is gone from the feed, or is to be told anew.
     lost: Notify,
 }
@@ -126,6 +129,7 @@ impl Fleet {
         let addresses = if settings.advertise.is_empty() { bound } else { settings.advertise.clone() };
         Ok(Arc::new(Self {
             boot: data_encoding::HEXLOWER.encode(&boot),
+            load: Load::new(settings.spare_from),
             feed,
             tunnels,
             means: Arc::new(Means { me: me.clone(), settings, tcp, identity }),
@@ -282,7 +286,7 @@ impl Fleet {
     /// goodbye.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         let events = self.feed.subscribe(&[NODES, LOCATIONS], None);
-        tokio::join!(self.follow(events, stop.clone()), presence::run(&self, stop));
+        tokio::join!(self.follow(events, stop.clone()), self.load.watch(&stop), presence::run(&self, stop.clone()));
     }
 
     async fn follow(&self, mut events: Subscription, stop: CancellationToken) {
@@ -416,6 +420,7 @@ impl Fleet {
                 "node": id.as_str(),
                 "version": node.version,
                 "draining": node.draining,
+                "spared": peer.as_ref().map_or_else(|| self.load.spare(), |peer| peer.spare()),
                 "tunnels": tunnels,
                 "addresses": node.addresses,
                 "place": node.place().map(|place| place.to_string()),

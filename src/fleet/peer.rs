@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -56,6 +56,8 @@ pub struct Peer {
     /// Whether its link is up.
     up: watch::Sender<bool>,
     draining: AtomicBool,
+    /// The share of visitors, in percent, that it would be spared.
+    spare: AtomicU8,
     distance: Mutex<Distance>,
     /// How far others are from it, as it says.
     trips: Mutex<Vec<(NodeId, Duration)>>,
@@ -101,6 +103,7 @@ impl Peer {
             addresses: Mutex::default(),
             up: watch::Sender::new(false),
             draining: AtomicBool::new(false),
+            spare: AtomicU8::new(0),
             distance: Mutex::default(),
             trips: Mutex::default(),
             warm: Mutex::default(),
@@ -123,6 +126,18 @@ impl Peer {
     /// Whether it is about to leave.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Whether one visitor had better go elsewhere, by a throw of 0 to 1: it has more to
+    /// do than it can.
+    pub fn is_spared(&self, dice: impl FnOnce() -> f64) -> bool {
+        let spare = self.spare();
+        spare > 0 && dice() * 100.0 < f64::from(spare)
+    }
+
+    /// The share of visitors, in percent, that it would be spared.
+    pub(super) fn spare(&self) -> u8 {
+        self.spare.load(Ordering::Relaxed)
     }
 
     /// Connections that wait ready.
@@ -307,8 +322,8 @@ impl Peer {
                 tokio::select! {
                     biased;
                     Some(frame) = answered.recv() => {
-                        let (of, draining) = match frame {
-                            Frame::Pong { of, draining } => (of, draining),
+                        let (of, draining, spare) = match frame {
+                            Frame::Pong { of, draining, spare } => (of, draining, spare),
                             Frame::Trips(trips) => {
                                 *self.trips.lock() = trips;
                                 continue;
@@ -317,6 +332,7 @@ impl Peer {
                         };
                         heard = Instant::now();
                         self.draining.store(draining, Ordering::Relaxed);
+                        self.spare.store(spare, Ordering::Relaxed);
                         while sent.front().is_some_and(|(ping, _)| *ping < of) {
                             sent.pop_front();
                             self.distance.lock().missed();

@@ -12,6 +12,7 @@ use super::record::{Location, NodeRecord};
 use super::{Fleet, LEASE, LOCATIONS, NODES, location_key};
 use crate::feed::{Expect, Lease, Op, Txn, WriteError};
 use crate::model::TunnelId;
+use crate::tunnel::Attachment;
 
 /// How long logins are gathered before they are told.
 const GATHER: Duration = Duration::from_millis(5);
@@ -29,10 +30,33 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// What the fleet was told.
 #[derive(Default)]
 struct Said {
-    /// The session that serves a tunnel, and how far away its client was.
-    serving: HashMap<TunnelId, (u64, Option<Duration>)>,
+    /// Of each tunnel that is here.
+    serving: HashMap<TunnelId, Serving>,
     /// The revision that told of a login first, and in which life of the data.
     logins: HashMap<(TunnelId, u64), (u64, String)>,
+}
+
+/// What is told of a tunnel that is here.
+#[derive(Clone, Copy)]
+struct Serving {
+    /// The session.
+    session: u64,
+    /// How far away its client is.
+    trip: Option<Duration>,
+    /// Checks of its origin fail.
+    fails: bool,
+}
+
+impl Serving {
+    fn now(fleet: &Fleet, attachment: &Attachment) -> Self {
+        let session = &attachment.session;
+        Self { session: session.id, trip: session.rtt(), fails: fleet.tunnels.fails(&attachment.tunnel) }
+    }
+
+    /// Whether that is what the fleet knows.
+    fn is_as_told(self, told: Self) -> bool {
+        self.session == told.session && self.fails == told.fails && !is_another(told.trip, self.trip)
+    }
 }
 
 /// Runs until `stop`, then takes the node out.
@@ -168,9 +192,9 @@ async fn tell_all(fleet: &Fleet, said: &mut Said, registered: &mut Registered) -
             () = fleet.lost.notified() => {}
             () = tokio::time::sleep(TRAILS), if !was_known => {}
             _ = look.tick() => {
-                let moved = said.serving.iter().filter(|(tunnel, (session, told))| {
-                    let serving = fleet.tunnels.serving(tunnel).filter(|serving| serving.session.id == *session);
-                    serving.is_some_and(|serving| is_another(*told, serving.session.rtt()))
+                let moved = said.serving.iter().filter(|(tunnel, told)| {
+                    let serving = fleet.tunnels.serving(tunnel);
+                    serving.is_some_and(|serving| !Serving::now(fleet, &serving).is_as_told(**told))
                 });
                 dirty.extend(moved.map(|(tunnel, _)| tunnel.clone()));
             }
@@ -200,11 +224,11 @@ async fn tell(
     for tunnel in &some {
         let key = format!("{LOCATIONS}{}/{tunnel}", fleet.me);
         match fleet.tunnels.serving(tunnel) {
-            Some(serving)
-                if said.serving.get(tunnel).is_some_and(|(told, trip)| {
-                    *told == serving.session.id && !is_another(*trip, serving.session.rtt())
-                }) => {}
             Some(serving) => {
+                let now = Serving::now(fleet, &serving);
+                if said.serving.get(tunnel).is_some_and(|told| now.is_as_told(*told)) {
+                    continue;
+                }
                 let login = (tunnel.clone(), serving.session.id);
                 let (first, of) = said.logins.get(&login).cloned().unwrap_or_default();
                 let location = Location {
@@ -212,10 +236,11 @@ async fn tell(
                     login: first,
                     epoch: of,
                     since: serving.since,
-                    round_trip: serving.session.rtt(),
+                    round_trip: now.trip,
+                    fails: now.fails,
                 };
                 ops.push(Op::Put { key, value: location.to_text(), lease: None });
-                told.push((login, first == 0, location.round_trip));
+                told.push((tunnel.clone(), first == 0, now));
             }
             None if said.serving.contains_key(tunnel) => {
                 ops.push(Op::Delete { key });
@@ -231,7 +256,8 @@ async fn tell(
             said.serving.remove(&tunnel);
             fleet.told.remove(&tunnel);
         }
-        for ((tunnel, session), first, trip) in told {
+        for (tunnel, first, now) in told {
+            let session = now.session;
             let order = || (rev, registered.epoch.clone());
             // Who stands by here logged in before who is told of, and is no newer later.
             for standby in fleet.tunnels.sessions_of(&tunnel).into_iter().filter(|one| one.id < session) {
@@ -241,7 +267,7 @@ async fn tell(
                 said.logins.insert((tunnel.clone(), session), order());
             }
             fleet.told.insert(tunnel.clone(), session);
-            said.serving.insert(tunnel, (session, trip));
+            said.serving.insert(tunnel, now);
         }
     }
     for tunnel in some {

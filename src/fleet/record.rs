@@ -68,6 +68,8 @@ pub(super) struct Location {
     pub(super) since: SystemTime,
     /// The round trip from the node to the owner's client, once measured.
     pub(super) round_trip: Option<Duration>,
+    /// Checks of its origin fail there.
+    pub(super) fails: bool,
 }
 
 fn milliseconds(at: SystemTime) -> u64 {
@@ -86,15 +88,17 @@ struct Stored {
     since_ms: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rtt_us: Option<u64>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    fails: bool,
 }
 
 impl Location {
     pub(super) fn read(text: &str) -> Option<Self> {
-        let Stored { v: 1, boot, login, epoch, since_ms, rtt_us } = serde_json::from_str(text).ok()? else {
+        let Stored { v: 1, boot, login, epoch, since_ms, rtt_us, fails } = serde_json::from_str(text).ok()? else {
             return None;
         };
         let since = UNIX_EPOCH.checked_add(Duration::from_millis(since_ms))?;
-        Some(Self { boot, login, epoch, since, round_trip: rtt_us.map(Duration::from_micros) })
+        Some(Self { boot, login, epoch, since, round_trip: rtt_us.map(Duration::from_micros), fails })
     }
 
     /// Whether it is of a login at this time, as precisely as it is stored.
@@ -104,8 +108,8 @@ impl Location {
 
     pub(super) fn to_text(&self) -> String {
         let since_ms = milliseconds(self.since);
-        let Self { boot, login, epoch, .. } = self.clone();
+        let Self { boot, login, epoch, fails, .. } = self.clone();
         let rtt_us = self.round_trip.map(|trip| u64::try_from(trip.as_micros()).unwrap_or(u64::MAX));
-        serde_json::to_string(&Stored { v: 1, boot, login, epoch, since_ms, rtt_us }).unwrap_or_default()
+        serde_json::to_string(&Stored { v: 1, boot, login, epoch, since_ms, rtt_us, fails }).unwrap_or_default()
     }
 }

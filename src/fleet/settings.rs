@@ -29,6 +29,9 @@ pub struct FleetSettings {
     pub streams: usize,
     /// Connections that wait ready for each other node, at most. 32.
     pub warm: usize,
+    /// Above this share of the processors' time, in percent, other nodes' visitors go
+    /// elsewhere if they can: the more of them, the nearer it is to 100. 85; 100: never.
+    pub spare_from: usize,
 }
 
 impl Default for FleetSettings {
@@ -43,6 +46,7 @@ impl Default for FleetSettings {
             place: None,
             streams: 50_000,
             warm: 32,
+            spare_from: 85,
         }
     }
 }
@@ -61,6 +65,7 @@ impl FleetSettings {
             place: f.optional("place"),
             streams: f.take("streams", d.streams),
             warm: f.take("warm", d.warm),
+            spare_from: f.take("spare_from", d.spare_from),
         };
         let files = [("ca", &settings.ca), ("certificate", &settings.certificate), ("key", &settings.key)];
         if files.iter().any(|(_, file)| file.is_some()) {
@@ -76,6 +81,9 @@ impl FleetSettings {
         }
         if settings.listen.is_empty() && !settings.advertise.is_empty() {
             f.mistake("listen", "is missing".into(), "write where other nodes arrive".into());
+        }
+        if settings.spare_from > 100 {
+            f.mistake("spare_from", "is no share".into(), "write a whole number from 0 to 100".into());
         }
         if settings.streams == 0 {
             f.mistake("streams", "0 would refuse everybody".into(), "write a whole number from 1".into());

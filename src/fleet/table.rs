@@ -47,6 +47,7 @@ pub struct Place {
     pub order: u64,
     /// In microseconds.
     round_trip: Option<NonZeroU32>,
+    fails: bool,
     /// The node itself said that it is not there.
     denied: AtomicBool,
     /// Visitors of this node that are there; none before the first.
@@ -67,6 +68,11 @@ impl Place {
     /// The round trip from the node to the owner's client, once measured.
     pub fn round_trip(&self) -> Option<Duration> {
         self.round_trip.map(|micros| Duration::from_micros(micros.get().into()))
+    }
+
+    /// Whether checks of its origin fail there.
+    pub fn fails(&self) -> bool {
+        self.fails
     }
 
     /// Visitors of this node that are there.
@@ -134,7 +140,8 @@ impl Table {
         let round_trip = location.round_trip.and_then(|trip| NonZeroU32::new(u32::try_from(trip.as_micros()).ok()?));
         run.told.fetch_add(1, Ordering::Relaxed);
         let (denied, streams) = (AtomicBool::new(false), OnceLock::new());
-        let mut place = Place { id: 0, tunnel, run, order, round_trip, denied, streams };
+        let fails = location.fails;
+        let mut place = Place { id: 0, tunnel, run, order, round_trip, fails, denied, streams };
         match former.as_ref().filter(|former| place.is_again(former)) {
             Some(former) => place.keep(former),
             None => place.id = next_id(),
@@ -246,7 +253,7 @@ mod tests {
     }
 
     fn location(boot: &str, login: u64, epoch: &str) -> Location {
-        Location { boot: boot.into(), login, epoch: epoch.into(), since: UNIX_EPOCH, round_trip: None }
+        Location { boot: boot.into(), login, epoch: epoch.into(), since: UNIX_EPOCH, round_trip: None, fails: false }
     }
 
     fn table(nodes: &[(&str, &str)]) -> Table {

@@ -57,6 +57,9 @@ pub(super) enum Frame {
         of: u64,
         /// Whether it takes no new streams before long.
         draining: bool,
+        /// The share of others' visitors, in percent, that had better go elsewhere:
+        /// it has more to do than it can. Versions before it say nothing: 0.
+        spare: u8,
     },
     /// How far the others are from the one who says it.
     Trips(Vec<(NodeId, Duration)>),
@@ -125,9 +128,10 @@ impl Frame {
             Self::NotHere { hint } => text(&mut out, hint.as_ref().map_or("", NodeId::as_str)),
             Self::Failed(error) => text(&mut out, error.label()),
             Self::Ping(of) => out.put_u64(*of),
-            Self::Pong { of, draining } => {
+            Self::Pong { of, draining, spare } => {
                 out.put_u64(*of);
                 out.put_u8(u8::from(*draining));
+                out.put_u8(*spare);
             }
             Self::Trips(trips) => {
                 // Each within 141 bytes; what has no room is told nobody.
@@ -186,7 +190,11 @@ impl Frame {
             },
             5 => Self::Failed(failure(read_text(body)?)),
             6 => Self::Ping(body.try_get_u64()?),
-            7 => Self::Pong { of: body.try_get_u64()?, draining: body.try_get_u8()? != 0 },
+            7 => Self::Pong {
+                of: body.try_get_u64()?,
+                draining: body.try_get_u8()? != 0,
+                spare: body.try_get_u8().unwrap_or(0).min(100),
+            },
             9 => {
                 let count = body.try_get_u16()?;
                 let mut trip = || Ok((name(body)?, Duration::from_micros(body.try_get_u64()?)));
@@ -316,7 +324,7 @@ mod tests {
             Frame::NotHere { hint: Some("fra-1".parse().unwrap()) },
             Frame::Failed(Error::OriginRefused),
             Frame::Ping(9),
-            Frame::Pong { of: 9, draining: true },
+            Frame::Pong { of: 9, draining: true, spare: 40 },
             Frame::Trips(vec![("ams-1".parse().unwrap(), Duration::from_micros(5123))]),
             Frame::Line { tunnel: "web-1".parse().unwrap(), text: "GET / 200 ä".into() },
         ]

@@ -13,6 +13,7 @@ mod io;
 mod origin_tls;
 mod origins;
 pub mod page;
+mod probe;
 mod pulse;
 mod record;
 mod settings;

@@ -3,6 +3,7 @@
 //! valid by construction; records that are not are refused with every mistake.
 
 mod certificate;
+mod check;
 pub mod client_certificate;
 pub mod gate;
 pub mod identity;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 pub use self::certificate::{Certificate, TicketKeys, TicketKeysId};
+pub use self::check::Check;
 pub use self::gate::Gate;
 pub use self::identity::{Account, Keyring, KeyringId, Provider, Revocation};
 pub use self::socket::{Balance, Socket, SocketType, Upstream, UpstreamTls};
@@ -289,6 +291,33 @@ mod tests {
 
     use super::*;
     use crate::fields::Base64;
+
+    #[test]
+    fn checks_come_back_as_they_were_and_bad_ones_say_what_is_wrong() {
+        let read = |kind: &str, check: Value| {
+            let record = object(json!({"type": kind, "check": check}));
+            Socket::from_record(&"s".parse().unwrap(), record)
+        };
+        let check = json!({"path": "/up?deep=1", "every": "1500ms", "fail_after": 3});
+        let socket = read("https", check).unwrap();
+        let again = Socket::from_record(&socket.id, socket.to_record()).unwrap();
+        assert_eq!(again, socket);
+        let check = again.check.unwrap();
+        assert_eq!((check.path.as_deref(), check.every.as_millis(), check.pass_after), (Some("/up?deep=1"), 1500, 2));
+        assert_eq!(read("tcp", json!(null)).unwrap().check, None);
+        for (kind, bad, at) in [
+            ("tcp", json!({"path": "/"}), "check.path"),
+            ("http", json!({"path": "up"}), "check.path"),
+            ("http", json!({"path": "/\r\nx: y"}), "check.path"),
+            ("http", json!({"every": "10ms", "timeout": "1ms"}), "check.every"),
+            ("http", json!({"timeout": "11s"}), "check.timeout"),
+            ("http", json!({"fail_after": 0}), "check.fail_after"),
+            ("http", json!({"paht": "/"}), "check.paht"),
+        ] {
+            let mistakes = read(kind, bad.clone()).unwrap_err();
+            assert_eq!(mistakes.iter().map(|mistake| mistake.at.as_str()).collect::<Vec<_>>(), [at], "{bad}");
+        }
+    }
 
     fn object(value: Value) -> Map<String, Value> {
         value.as_object().cloned().unwrap_or_default()

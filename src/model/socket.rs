@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::gate::Gate;
-use super::{HostName, HostPattern, SocketId, authority_host, head, record};
+use super::{Check, HostName, HostPattern, SocketId, authority_host, head, record};
 use crate::fields::{Fields, Mistake};
 use crate::header_rules::{HeaderRules, Hsts};
 use crate::proxy_protocol;
@@ -152,6 +152,8 @@ pub struct Socket {
     pub owner: Option<String>,
     /// How visitors are shared among tunnels.
     pub balance: Balance,
+    /// How its tunnels are asked whether their origin serves; none: they are not.
+    pub check: Option<Check>,
     /// Who made it: `api`, or the fingerprint of the key that claimed the name.
     pub created_by: Option<String>,
     /// Fields this version does not know, kept as they came.
@@ -175,6 +177,7 @@ impl Socket {
             gate: None,
             owner: None,
             balance: Balance::Nearest,
+            check: None,
             created_by: None,
             extra: Map::new(),
         }
@@ -209,6 +212,12 @@ impl Socket {
         }
         socket.proxy_protocol = f.optional("proxy_protocol");
         socket.balance = f.take("balance", Balance::Nearest);
+        if f.has_value("check") {
+            let http = matches!(socket.kind, SocketType::Http | SocketType::Https);
+            socket.check = Some(Check::read(&mut f.section("check"), http));
+        } else {
+            let _none: Option<Value> = f.optional("check");
+        }
         socket.created_by = f.optional("created_by");
         socket.owner = f.optional("owner");
         if f.has_value("gate") {
@@ -271,6 +280,7 @@ impl Socket {
                 "gate": self.gate.as_ref().map(|gate| gate.to_value()),
                 "owner": self.owner,
                 "balance": self.balance.as_str(),
+                "check": self.check.as_ref().map(Check::to_value),
                 "created_by": self.created_by,
             }),
         )

@@ -236,6 +236,15 @@ pub struct Attachment {
     pub since: SystemTime,
     /// The record under which the session was last found entitled.
     entitled: Mutex<Arc<Tunnel>>,
+    /// Checks of its origin fail.
+    fails: AtomicBool,
+}
+
+impl Attachment {
+    /// Whether checks of its origin fail: visitors go there if nobody else serves them.
+    pub fn fails(&self) -> bool {
+        self.fails.load(Ordering::Relaxed)
+    }
 }
 
 /// Keeps a tunnel attached to a session; dropping it detaches.
@@ -341,11 +350,45 @@ impl Tunnels {
     }
 
     /// The sessions that serve a tunnel and still may, the latest login first;
-    /// the others are silent standbys.
+    /// the others are silent standbys. Before them those whose origin fails its checks
+    /// have to step back.
     pub fn candidates(&self, tunnel: &TunnelId) -> Vec<Arc<Attachment>> {
         let Some(record) = self.routes.tunnel(tunnel) else { return Vec::new() };
         let Some(attached) = self.live.get(tunnel) else { return Vec::new() };
-        attached.iter().rev().filter(|a| self.is_entitled(a, &record)).cloned().collect()
+        let mut candidates: Vec<_> = attached.iter().rev().filter(|a| self.is_entitled(a, &record)).cloned().collect();
+        candidates.sort_by_key(|attachment| attachment.fails());
+        candidates
+    }
+
+    /// Whether checks fail of all that serve a tunnel here.
+    pub fn fails(&self, tunnel: &TunnelId) -> bool {
+        self.live.get(tunnel).is_some_and(|all| all.iter().all(|attachment| attachment.fails()))
+    }
+
+    /// The tunnels of which that is so.
+    pub fn failing(&self) -> Vec<TunnelId> {
+        let fails = |all: &Vec<Arc<Attachment>>| all.iter().all(|attachment| attachment.fails());
+        self.live.iter().filter(|live| fails(live.value())).map(|live| live.key().clone()).collect()
+    }
+
+    /// Takes in that checks of an origin fail from now on, and why, or pass. Its owner
+    /// is told.
+    pub fn checked(&self, attachment: &Attachment, failure: Option<&str>) {
+        if attachment.fails.swap(failure.is_some(), Ordering::Relaxed) == failure.is_some() {
+            return;
+        }
+        let (tunnel, console) = (&attachment.tunnel, &attachment.session.console);
+        match failure {
+            Some(why) => {
+                tracing::info!(%tunnel, session = attachment.session.id, why, "checks fail");
+                console.say(format!("{tunnel}: checks fail ({why}); visitors go elsewhere if they can"));
+            }
+            None => {
+                tracing::info!(%tunnel, session = attachment.session.id, "checks pass again");
+                console.say(format!("{tunnel}: checks pass again"));
+            }
+        }
+        self.changes.tell(tunnel);
     }
 
     /// Whether the session's key is still in the tunnel's record: checked anew
@@ -398,9 +441,10 @@ impl Tunnels {
         self.live.iter().map(|t| (t.key().clone(), sessions(t.value()))).collect()
     }
 
-    /// What serves a tunnel here: of the latest login.
+    /// What serves a tunnel here: of the latest login, if its origin does not fail its checks.
     pub fn serving(&self, tunnel: &TunnelId) -> Option<Arc<Attachment>> {
-        self.live.get(tunnel)?.last().map(Arc::clone)
+        let all = self.live.get(tunnel)?;
+        all.iter().rev().find(|attachment| !attachment.fails()).or(all.last()).map(Arc::clone)
     }
 
     /// The sessions that have a tunnel here, standbys included.
@@ -442,6 +486,7 @@ impl Tunnels {
             bind,
             since: SystemTime::now(),
             entitled: Mutex::new(Arc::clone(tunnel)),
+            fails: AtomicBool::new(false),
         });
         // In the order of logins: who asks again later does not become newer.
         let (ahead, behind) = {

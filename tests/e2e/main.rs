@@ -19,6 +19,8 @@ mod faults;
 #[cfg(feature = "etcd")]
 mod fleet_chaos;
 #[cfg(feature = "etcd")]
+mod fleet_checks;
+#[cfg(feature = "etcd")]
 mod fleet_feed;
 #[cfg(feature = "etcd")]
 mod fleet_links;
