@@ -11,14 +11,14 @@ use crate::harness::*;
 /// Ten thousand messages of a slow library, on two shared cores.
 const CALLS: Duration = Duration::from_secs(120);
 
-struct Grpc {
+pub struct Grpc {
     program: Program,
-    port: u16,
+    pub port: u16,
     told: usize,
 }
 
 impl Grpc {
-    async fn start(tls: Option<[&Path; 2]>) -> Self {
+    pub async fn start(tls: Option<[&Path; 2]>) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let mut command = Command::new(root.join("target/venv/bin/python"));
         command.arg(root.join("tests/e2e/clients/grpc_calls.py")).args(tls.into_iter().flatten());
@@ -46,7 +46,7 @@ impl Grpc {
         assert!(ends.iter().all(|line| line.starts_with("ok ")), "{ends:?}\n{}", self.program.output());
     }
 
-    async fn calls(&mut self, call: &str, node: &Node, secure: bool, messages: u32) {
+    pub async fn calls(&mut self, call: &str, node: &Node, secure: bool, messages: u32) {
         self.tell(call, node, secure, messages);
         self.ends_well().await;
     }

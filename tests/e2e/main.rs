@@ -27,6 +27,8 @@ mod fleet_links;
 #[cfg(feature = "etcd")]
 mod fleet_scale;
 #[cfg(feature = "etcd")]
+mod fleet_visits;
+#[cfg(feature = "etcd")]
 mod fleet_ways;
 mod gate_attacks;
 mod gate_browser;

@@ -10,13 +10,13 @@ use tokio::io::AsyncReadExt;
 use crate::harness::*;
 
 /// A CA of the test's own, in files.
-struct Ca {
+pub struct Ca {
     dir: tempfile::TempDir,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Ca {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -28,12 +28,12 @@ impl Ca {
         Self { dir, issuer: Issuer::new(params, key) }
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// A certificate record for `name`, good for 90 days.
-    fn certify(&self, name: &str, serial: u64, algorithm: &'static rcgen::SignatureAlgorithm) -> Value {
+    pub fn certify(&self, name: &str, serial: u64, algorithm: &'static rcgen::SignatureAlgorithm) -> Value {
         let key = KeyPair::generate_for(algorithm).unwrap();
         let mut params = CertificateParams::new([name.to_owned()]).unwrap();
         params.serial_number = Some(SerialNumber::from(serial));
@@ -152,7 +152,7 @@ async fn testssl_finds_nothing_of_weight() {
 }
 
 /// One request by OpenSSL's client: what it says of the connection.
-async fn s_client(node: &Node, name: &str, ca: &Path, arguments: &[&str]) -> String {
+pub async fn s_client(node: &Node, name: &str, ca: &Path, arguments: &[&str]) -> String {
     let mut command = Command::new("openssl");
     command.args(["s_client", "-connect", &node.addr("https").to_string(), "-servername", name, "-ign_eof"]);
     command.args(["-verify_return_error", "-CAfile"]).arg(ca).args(arguments);

@@ -73,7 +73,8 @@ impl EtcdCluster {
         cluster
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// A file of the cluster: certificates of nodes, of its members, of the fleet.
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
