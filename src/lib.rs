@@ -92,7 +92,7 @@ mod tests {
         ("dial", &["routes", "tunnel", "fleet"]),
         ("http", &["routes", "gate", "dial", "relay"]),
         ("ingress", &["routes", "gate", "dial", "http", "relay", "tunnel"]),
-        ("control", &["feed", "routes", "tunnel"]),
+        ("control", &["feed", "routes", "tunnel", "logins", "gate"]),
     ];
     const BASE: &[&str] = &[
         "model",

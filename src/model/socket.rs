@@ -121,6 +121,9 @@ pub struct Upstream {
     pub tls: UpstreamTls,
 }
 
+/// Longest title or description, in bytes.
+const TEXT_MAX: usize = 1024;
+
 /// A published service.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Socket {
@@ -150,6 +153,10 @@ pub struct Socket {
     /// Whose it is: a visitor who let one socket of an owner see their address is
     /// not asked again for the others. Default: the socket stands alone.
     pub owner: Option<String>,
+    /// What its owner calls it; no visitor sees it.
+    pub title: Option<String>,
+    /// What its owner says of it; the same.
+    pub description: Option<String>,
     /// How visitors are shared among tunnels.
     pub balance: Balance,
     /// Who made it: `api`, or the fingerprint of the key that claimed the name.
@@ -174,6 +181,8 @@ impl Socket {
             proxy_protocol: None,
             gate: None,
             owner: None,
+            title: None,
+            description: None,
             balance: Balance::Nearest,
             created_by: None,
             extra: Map::new(),
@@ -211,6 +220,13 @@ impl Socket {
         socket.balance = f.take("balance", Balance::Nearest);
         socket.created_by = f.optional("created_by");
         socket.owner = f.optional("owner");
+        socket.title = f.optional("title");
+        socket.description = f.optional("description");
+        for (key, text) in [("title", &socket.title), ("description", &socket.description)] {
+            if text.as_ref().is_some_and(|text| text.len() > TEXT_MAX) {
+                f.mistake(key, "is too long".into(), format!("write at most {TEXT_MAX} bytes"));
+            }
+        }
         if f.has_value("gate") {
             let gate = Gate::read(&mut f.section("gate"));
             gate_fits(&gate, socket.kind, &f);
@@ -270,6 +286,8 @@ impl Socket {
                 "hsts": self.hsts.as_ref().map(Hsts::to_value),
                 "gate": self.gate.as_ref().map(|gate| gate.to_value()),
                 "owner": self.owner,
+                "title": self.title,
+                "description": self.description,
                 "balance": self.balance.as_str(),
                 "created_by": self.created_by,
             }),
