@@ -73,6 +73,7 @@ pub mod fuzzing; // what fuzz targets assert
 pub mod config;
 pub mod node; // composition root
 pub mod status; // a node's status for a terminal
+pub mod user; // accounts, made from a terminal
 
 #[cfg(test)]
 mod tests {

@@ -34,7 +34,7 @@ use tokio::sync::{Semaphore, watch as watch_channel};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use self::mysocket::{Mysocket, MysocketHooks, MysocketParts, MysocketSettings};
+pub use self::mysocket::{Mysocket, MysocketHooks, MysocketParts, MysocketSettings, made_up_user};
 pub use self::settings::ControlSettings;
 
 use self::problem::Problem;

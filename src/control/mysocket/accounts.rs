@@ -8,16 +8,18 @@ use std::time::Instant;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Mysocket, Refusal, names, sessions};
-use crate::feed::records::{Condition, RecordError};
+use super::{Mysocket, Refusal, certificates, names, sessions};
+use crate::feed::records::{Condition, RecordError, Records, Stored};
 use crate::gate::Checked;
 use crate::limits::share_of;
 use crate::model::identity::{Email, Moment};
-use crate::model::{Account, AuthorizedKey};
+use crate::model::{Account, AccountId, AuthorizedKey, Tunnel, TunnelId};
 use crate::password;
 
 /// Fewest characters of a password.
 const PASSWORD_MIN: usize = 8;
+/// How often a tunnel's record is read again that somebody else changed meanwhile.
+const REKEYS: usize = 8;
 
 /// The body of `POST /user`.
 #[derive(Deserialize)]
@@ -137,6 +139,54 @@ impl Mysocket {
         calls.map_err(|wait| Refusal::busy("Too many calls of this account.", wait))?;
         Ok((account, Moment(claims.auth_time)))
     }
+}
+
+/// Gives the tunnels that were made for an account its keys as they are now; where it
+/// is gone (`None`) or disabled, nobody serves them.
+///
+/// # Errors
+/// See [`RecordError`]; some may have been written.
+pub(in super::super) async fn rekey(
+    records: &Records,
+    id: &AccountId,
+    account: Option<&Account>,
+) -> Result<(), RecordError> {
+    let account = account.filter(|account| !account.disabled);
+    for socket in records.sockets_of(id.as_str()).await? {
+        for tunnel in records.tunnels_of(&socket).await? {
+            rekey_one(records, &tunnel, id, account).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn rekey_one(
+    records: &Records,
+    tunnel: &TunnelId,
+    id: &AccountId,
+    account: Option<&Account>,
+) -> Result<(), RecordError> {
+    for _ in 0..REKEYS {
+        let Stored { record, rev } = match records.get::<Tunnel>(tunnel).await {
+            Err(RecordError::NotFound) => return Ok(()),
+            found => found?,
+        };
+        let made = record.user.as_deref() == Some(id.as_str())
+            && record.principals.contains(&certificates::of_tunnel(&record.id));
+        let mut rekeyed = record.clone();
+        rekeyed.keys = account.map(|account| account.ssh_keys.clone()).unwrap_or_default();
+        if account.is_none() {
+            rekeyed.cert_authorities.clear();
+        }
+        if !made || rekeyed == record {
+            return Ok(());
+        }
+        match records.put_tunnel(rekeyed, Condition::Rev(rev)).await {
+            Err(RecordError::Precondition { .. }) => {}
+            written => return written.map(drop),
+        }
+    }
+    Err(RecordError::Contended)
 }
 
 /// An account as clients read it.

@@ -21,6 +21,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, Semaphore, watch};
 
+pub(super) use self::accounts::rekey;
+pub use self::names::user as made_up_user;
 pub use self::settings::MysocketSettings;
 
 use self::certificates::Authority;
@@ -259,10 +261,14 @@ fn read<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Refusal> {
     if body.is_empty() {
         return Ok(T::default());
     }
+    let wrong = |problem: &str| Refusal::invalid("body", problem, "send a JSON object as mysocketctl does");
+    // A list would do for its fields, too.
+    if !body.trim_ascii_start().starts_with(b"{") {
+        return Err(wrong("is not a JSON object"));
+    }
     // Where it is wrong, and never what was written there: it may be a password.
     serde_json::from_slice(body).map_err(|error| {
-        let problem = format!("is not what this call takes, at line {} column {}", error.line(), error.column());
-        Refusal::invalid("body", &problem, "send a JSON object as mysocketctl does")
+        wrong(&format!("is not what this call takes, at line {} column {}", error.line(), error.column()))
     })
 }
 

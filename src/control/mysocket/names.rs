@@ -27,8 +27,9 @@ pub(super) fn relay_port() -> Option<u16> {
     u16::try_from(RELAY_PORTS.start + u64::from_be_bytes(random()?) % span).ok()
 }
 
-/// A random id of an account, which is its SSH user too.
-pub(super) fn user() -> Option<String> {
+/// A random id of an account, which is its SSH user too; none where the system has no
+/// random bytes.
+pub fn user() -> Option<String> {
     random().map(|bytes| format!("u{}", data_encoding::HEXLOWER.encode(&bytes)))
 }
 
