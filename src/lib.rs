@@ -9,7 +9,7 @@
 //!                      HTTP/raw)            └ http, or relay: splice between TCP, copy elsewhere
 //! feed (embedded store, or etcd) ─► follower ─► route table and certificates (their only writer)
 //! SSH sessions ─► tunnel: live tunnels, the latest login first ─► fleet ─► feed (of a fleet)
-//! operator ─► control API ─► records ─► feed
+//! operator ─► control API ─► records ─► feed;  owners' mysocketctl ─► control::mysocket ─► records
 //! ```
 //!
 //! **Begin at** `ingress/visit.rs`: the path of a visitor, top to bottom. Then
@@ -64,7 +64,7 @@ pub mod routes; // which socket, which tunnels
 pub mod ssh; // the SSH engine
 pub mod tunnel; // the door to SSH
 
-pub mod control; // the operator's API
+pub mod control; // the operator's API, and mysocketctl's
 pub mod feed; // where records come from
 
 #[doc(hidden)]

@@ -39,6 +39,10 @@ pub fn add(state: &Path, token: Option<&Path>, new: &New<'_>) -> Result<String, 
             text.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect()
         }
     };
+    // Clients in Go log in by the id without its dashes.
+    if let Some(id) = new.id.filter(|id| id.as_str().contains('-')) {
+        return Err(format!("the id {id} has a -, which mysocketctl leaves out; choose one without"));
+    }
     let made_up = || control::made_up_user().ok_or("the system has no random bytes");
     let id = new.id.map_or_else(made_up, |id| Ok(id.to_string()))?;
     let password = password().map_err(|error| format!("no password: {error}"))?;

@@ -223,8 +223,9 @@ impl Socket {
         socket.title = f.optional("title");
         socket.description = f.optional("description");
         for (key, text) in [("title", &socket.title), ("description", &socket.description)] {
-            if text.as_ref().is_some_and(|text| text.len() > TEXT_MAX) {
-                f.mistake(key, "is too long".into(), format!("write at most {TEXT_MAX} bytes"));
+            if text.as_ref().is_some_and(|text| text.len() > TEXT_MAX || text.chars().any(char::is_control)) {
+                let fix = format!("write at most {TEXT_MAX} bytes without control characters");
+                f.mistake(key, "is too long, or no line of text".into(), fix);
             }
         }
         if f.has_value("gate") {

@@ -336,6 +336,7 @@ async fn what_is_wrong_is_told_by_name_and_nothing_is_made() {
     for (body, field) in [
         (json!({"socket_type": "udp"}), "socket_type"),
         (json!({"name": "x".repeat(2000)}), "name"),
+        (json!({"name": "\u{1b}[2J"}), "name"),
         (json!({"protected_socket": true, "protected_username": "u"}), "protected_password"),
         (json!({"protected_socket": true, "protected_password": "p"}), "protected_username"),
         (
@@ -371,6 +372,10 @@ async fn what_is_wrong_is_told_by_name_and_nothing_is_made() {
     assert_eq!(ann.raw("POST", "/socket", &vec![b' '; 70 << 10]).await.0, 413);
     assert_eq!(ann.raw("POST", "/socket", b"{\"name\":").await.0, 422);
     assert_eq!(ann.ok("GET", "/connect", &Value::Null).await, json!([]));
+    // What Go sends where it has nothing to send; and a base URL that ends in a slash.
+    assert_eq!(ann.raw("GET", "//connect", b"null").await.0, 200);
+    assert_eq!(ann.raw("POST", "/login/refresh", b"null").await.0, 200);
+    assert_eq!(ann.status("GET", "/organization", &Value::Null).await, 200);
     let (status, allowed, _) = ann.raw("PUT", "/connect", b"").await;
     assert!(status == 405 && allowed.contains("allow: GET, POST"), "{allowed}");
     for path in
@@ -585,6 +590,8 @@ async fn the_adapter_answers_at_its_hosts_over_https_alone() {
     let twice = add_user(&closed, &["x@example.com"], "long enough\n", None);
     assert!(twice.contains("taken"), "{twice}");
     let key = closed.key.public();
+    let dashed = add_user(&closed, &["z@example.com", "--id", "z-z"], "long enough\n", None);
+    assert!(dashed.contains("without"), "{dashed}");
     add_user(&closed, &["y@example.com", "--id", "yan"], "long enough\n", Some(&key));
     let mut yan = Caller::stranger(&closed);
     let login = json!({"email": "y@example.com", "password": "long enough"});

@@ -5,7 +5,6 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-
 use crate::harness::*;
 
 /// Where a test finds out that it is inside its namespaces: the folder of its files.

@@ -59,14 +59,19 @@ struct Job {
     relay_port: u32,
     target: SocketAddr,
     key: Arc<PrivateKey>,
+    /// What it says it is, and where it asks to listen: two ways in two years.
+    says: (&'static str, &'static str),
 }
+
+const OF_2021: (&str, &str) = ("SSH-2.0-Go", "127.0.0.1");
+const OF_2022: (&str, &str) = ("SSH-2.0-Mysocketctl-v1.0-85-gcf8f537", "localhost");
 
 impl Job {
     fn new(node: &Node, ann: &Caller, socket: &Value, tunnel: &Value, target: SocketAddr, key: &Key) -> Self {
         let signkey = format!("/socket/{}/tunnel/{}/signkey", text(socket, "socket_id"), text(tunnel, "tunnel_id"));
         let relay_port = u32::try_from(tunnel["local_port"].as_u64().unwrap()).unwrap();
         let key = Arc::new(load_secret_key(&key.path, None).unwrap());
-        Self { node: node.addr("ssh"), ann: ann.clone(), signkey, relay_port, target, key }
+        Self { node: node.addr("ssh"), ann: ann.clone(), signkey, relay_port, target, key, says: OF_2021 }
     }
 
     /// Connects, and again 1.0 s after each end, without backoff, for ever.
@@ -92,8 +97,8 @@ impl Job {
         let signed = self.ann.call("POST", &self.signkey, &csr).await;
         let line = signed.1["signed_ssh_cert"].as_str().ok_or(russh::Error::NotAuthenticated)?;
         let certificate = Certificate::from_openssh(line).unwrap();
-        let handler = Emulator { met: Arc::clone(met), target: self.target };
-        let mut handle = client::connect(Arc::new(algorithms_of_2021()), self.node, handler).await?;
+        let handler = Emulator { met: Arc::clone(met), target: self.target, bound: self.says.1 };
+        let mut handle = client::connect(Arc::new(algorithms_of_2021(self.says.0)), self.node, handler).await?;
         let user = self.ann.user.clone();
         assert!(!handle.authenticate_none(user.clone()).await?.success());
         if !handle.authenticate_openssh_cert(user, Arc::clone(&self.key), certificate).await?.success() {
@@ -103,7 +108,7 @@ impl Job {
     }
 
     async fn serve(&self, handle: Handle<Emulator>, met: &Met) -> Result<(), russh::Error> {
-        handle.tcpip_forward("127.0.0.1", self.relay_port).await?;
+        handle.tcpip_forward(self.says.1, self.relay_port).await?;
         let mut shell = handle.channel_open_session().await?;
         // Its arguments are swapped: 40 columns, 80 rows.
         shell.request_pty(true, "xterm-256color", 40, 80, 0, 0, &[]).await?;
@@ -138,7 +143,7 @@ async fn granted(shell: &mut Channel<Msg>) -> Result<(), russh::Error> {
 }
 
 /// What golang.org/x/crypto/ssh offered then.
-fn algorithms_of_2021() -> client::Config {
+fn algorithms_of_2021(says: &'static str) -> client::Config {
     let preferred = Preferred {
         kex: Cow::Owned(vec![kex::CURVE25519_PRE_RFC_8731, kex::ECDH_SHA2_NISTP256]),
         key: Cow::Owned(vec![Algorithm::Ed25519]),
@@ -146,13 +151,14 @@ fn algorithms_of_2021() -> client::Config {
         mac: Cow::Owned(vec![mac::HMAC_SHA256_ETM, mac::HMAC_SHA256]),
         ..Preferred::default()
     };
-    client::Config { client_id: SshId::Standard("SSH-2.0-Go".into()), preferred, ..client::Config::default() }
+    client::Config { client_id: SshId::Standard(says.into()), preferred, ..client::Config::default() }
 }
 
 /// What answers the node: channels of visitors.
 struct Emulator {
     met: Arc<Met>,
     target: SocketAddr,
+    bound: &'static str,
 }
 
 impl client::Handler for Emulator {
@@ -175,7 +181,7 @@ impl client::Handler for Emulator {
         let announced = Announced { bound: (address.to_owned(), port), from: (from.to_owned(), from_port) };
         self.met.announced.lock().unwrap().push(announced);
         // It parses the originator as an address, and takes no port 0.
-        if from.parse::<IpAddr>().is_err() || from_port == 0 || address != "127.0.0.1" {
+        if from.parse::<IpAddr>().is_err() || from_port == 0 || address != self.bound {
             reply.reject(ChannelOpenFailure::ConnectFailed).await;
             return Ok(());
         }
@@ -212,10 +218,8 @@ async fn scene(opts: NodeOpts) -> (Node, Caller, Key, tempfile::TempDir) {
 }
 
 async fn served(client: &GoClient, times: usize) {
-    eventually("all steps of the client", async || {
-        (client.met.served.load(Ordering::Relaxed) >= times).then_some(())
-    })
-    .await;
+    eventually("all steps of the client", async || (client.met.served.load(Ordering::Relaxed) >= times).then_some(()))
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -249,7 +253,7 @@ async fn the_go_client_is_given_all_that_it_needs() {
 
     // More than its window of 2 MiB goes up, and down.
     let tcp = ann.ok("POST", "/connect", &json!({"name": "raw", "socket_type": "tcp"})).await;
-    let second = Job::new(&node, &ann, &tcp, &tcp["tunnels"][0], raw.addr, &key).start();
+    let second = Job { says: OF_2022, ..Job::new(&node, &ann, &tcp, &tcp["tunnels"][0], raw.addr, &key) }.start();
     served(&second, 1).await;
     let addr = SocketAddr::new(node.ip, u16::try_from(tcp["socket_tcp_ports"][0].as_u64().unwrap()).unwrap());
     let n = 5 << 20;
@@ -265,6 +269,7 @@ async fn the_go_client_is_given_all_that_it_needs() {
     visitor.write_all(format!("DOWN {n}\n").as_bytes()).await.unwrap();
     visitor.shutdown().await.unwrap();
     assert_eq!(within(DEADLINE, "a download", Pattern::read(None, &mut visitor)).await, Ok(n));
+    assert!(second.met.announced.lock().unwrap().iter().all(|one| one.bound.0 == "localhost"));
     for client in [&client, &second] {
         assert_eq!(client.met.dialed.load(Ordering::Relaxed), 1, "it never had to come again");
     }
@@ -296,7 +301,8 @@ async fn the_go_client_comes_back_after_a_second_and_the_other_serves_meanwhile(
     assert_eq!(ann.status("DELETE", &socket_path, &Value::Null).await, 204);
     node.restart().await;
     let before = first.met.dialed.load(Ordering::Relaxed);
-    eventually("three more tries", async || (first.met.dialed.load(Ordering::Relaxed) >= before + 3).then_some(())).await;
+    eventually("three more tries", async || (first.met.dialed.load(Ordering::Relaxed) >= before + 3).then_some(()))
+        .await;
     assert_eq!(first.met.served.load(Ordering::Relaxed), 2);
     let at = first.met.at.lock().unwrap().clone();
     assert!(at.windows(2).all(|pair| pair[1] - pair[0] >= Duration::from_secs(1)));
@@ -324,8 +330,8 @@ async fn an_early_client_finds_the_key_of_its_account_among_ten() {
     let origin = Origin::http().await;
     let socket = ann.ok("POST", "/connect", &json!({"name": "web"})).await;
     let met = Arc::<Met>::default();
-    let handler = Emulator { met: Arc::clone(&met), target: origin.addr };
-    let mut handle = client::connect(Arc::new(algorithms_of_2021()), node.addr("ssh"), handler).await.unwrap();
+    let handler = Emulator { met: Arc::clone(&met), target: origin.addr, bound: OF_2021.1 };
+    let mut handle = client::connect(Arc::new(algorithms_of_2021(OF_2021.0)), node.addr("ssh"), handler).await.unwrap();
     assert!(!handle.authenticate_none(ann.user.clone()).await.unwrap().success());
     for _ in 0..9 {
         let other = load_secret_key(&Key::new(dir.path(), "ed25519").path, None).unwrap();
@@ -365,7 +371,12 @@ async fn two_go_clients_on_one_tunnel_never_flap_and_lose_no_visitor() {
                 // A new connection each time, and one kept for some.
                 let mut sender = h2(node, name).await;
                 for _ in 0..20 {
-                    get_exact(&mut sender, &format!("https://{name}/bytes/{}", 1000 * (visitor + 1)), 1000 * (visitor + 1)).await;
+                    get_exact(
+                        &mut sender,
+                        &format!("https://{name}/bytes/{}", 1000 * (visitor + 1)),
+                        1000 * (visitor + 1),
+                    )
+                    .await;
                     served += 1;
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }

@@ -131,8 +131,9 @@ impl Mysocket {
     }
 
     async fn dispatch(&self, request: Request<Bytes>, ip: IpAddr) -> Result<Reply, Refusal> {
-        let path = request.uri().path().trim_end_matches('/').to_owned();
-        let parts: Vec<&str> = path.split('/').skip(1).collect();
+        // Clients join a base URL and a path, each with a slash or without.
+        let path = request.uri().path().trim_matches('/').to_owned();
+        let parts: Vec<&str> = path.split('/').collect();
         let method = match *request.method() {
             Method::HEAD => "GET",
             ref method => method.as_str(),
@@ -157,6 +158,8 @@ impl Mysocket {
             ("POST", ["login", "refresh"]) => self.token(me, auth_time, Moment::now()).map(ok),
             ("GET", ["user", id]) if *id == me.id.as_str() => Ok(ok(accounts::shown(me))),
             ("GET", ["user", _]) => Err(Refusal::not_found("user")),
+            // Clients of 2022 ask before they connect, and want nothing of it.
+            ("GET", ["organization"]) => Ok(ok(json!({ "id": me.id.as_str(), "name": "" }))),
             ("GET", ["connect" | "socket"]) => self.list(me).await.map(ok),
             ("POST", ["connect"]) => self.make_socket(me, read::<Wanted>(body)?, true).await.map(ok),
             ("POST", ["socket"]) => self.make_socket(me, read::<Wanted>(body)?, false).await.map(ok),
@@ -238,7 +241,7 @@ impl Mysocket {
 fn methods(parts: &[&str]) -> Option<&'static [&'static str]> {
     match parts {
         ["connect" | "socket"] => Some(&["GET", "POST"]),
-        ["user", _] => Some(&["GET"]),
+        ["user", _] | ["organization"] => Some(&["GET"]),
         ["user" | "login"] | ["login", "refresh"] => Some(&["POST"]),
         ["socket", _] | ["socket", _, "tunnel", _] => Some(&["GET", "DELETE"]),
         ["socket", _, "tunnel"] => Some(&["GET", "POST"]),
@@ -256,9 +259,9 @@ fn ok(value: Value) -> Reply {
     Reply::json(StatusCode::OK, &value)
 }
 
-/// A body of JSON; none is an empty one.
+/// A body of JSON; none is an empty one, and so is what Go makes of none.
 fn read<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Refusal> {
-    if body.is_empty() {
+    if matches!(body.trim_ascii(), b"" | b"null") {
         return Ok(T::default());
     }
     let wrong = |problem: &str| Refusal::invalid("body", problem, "send a JSON object as mysocketctl does");
