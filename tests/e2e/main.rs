@@ -23,6 +23,8 @@ mod fleet_feed;
 #[cfg(feature = "etcd")]
 mod fleet_links;
 #[cfg(feature = "etcd")]
+mod fleet_mysocket;
+#[cfg(feature = "etcd")]
 mod fleet_scale;
 #[cfg(feature = "etcd")]
 mod fleet_ways;

@@ -55,6 +55,11 @@ impl Caller {
         self.token = Some(token["token"].as_str().unwrap().to_owned());
     }
 
+    /// The same at another node.
+    pub fn at(&self, node: &Node) -> Self {
+        Self { token: self.token.clone(), user: self.user.clone(), ..Self::stranger(node) }
+    }
+
     /// The same with other words for a token.
     pub fn with_token(&self, token: &str) -> Self {
         Self { token: Some(token.to_owned()), ..self.clone() }
@@ -366,7 +371,7 @@ async fn what_is_wrong_is_told_by_name_and_nothing_is_made() {
         (json!([]), "body"),
     ] {
         let (status, answer) = ann.call("POST", "/socket", &body).await;
-        assert_eq!((status, answer["errors"][0]["field"].as_str()), (422, Some(field)), "{body}: {answer}");
+        assert_eq!((status, answer["wrong"][0].as_str()), (422, Some(field)), "{body}: {answer}");
         assert!(text(&answer, "message").contains(field));
     }
     assert_eq!(ann.raw("POST", "/socket", &vec![b' '; 70 << 10]).await.0, 413);
@@ -387,7 +392,7 @@ async fn what_is_wrong_is_told_by_name_and_nothing_is_made() {
     let path = format!("/socket/{}", text(&socket, "socket_id"));
     for key in ["", "ssh-rsa AAAA", "not a key", &"x".repeat(20_000)] {
         let (status, answer) = ann.call("POST", &format!("{path}/signkey"), &json!({"ssh_public_key": key})).await;
-        assert_eq!((status, answer["errors"][0]["field"].as_str()), (422, Some("ssh_public_key")), "{answer}");
+        assert_eq!((status, answer["wrong"][0].as_str()), (422, Some("ssh_public_key")), "{answer}");
     }
     for (made, status) in [(200, 200), (200, 200), (409, 409)] {
         assert_eq!(ann.status("POST", &format!("{path}/tunnel"), &Value::Null).await, made);
@@ -451,7 +456,7 @@ async fn cloud_authentication_becomes_a_login_at_the_operators_provider() {
     assert_eq!(ann.status("POST", "/connect", &nobody).await, 422);
     let bad = json!({"cloud_authentication_enabled": true, "cloud_authentication_email_allowed_addressses": ["x"]});
     let (status, answer) = ann.call("POST", "/connect", &bad).await;
-    let field = answer["errors"][0]["field"].as_str();
+    let field = answer["wrong"][0].as_str();
     assert_eq!((status, field), (422, Some("cloud_authentication_email_allowed_addressses")), "{answer}");
     let socket = ann.ok("POST", "/connect", &wanted).await;
     for field in [

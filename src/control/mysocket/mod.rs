@@ -346,11 +346,10 @@ impl Refusal {
     }
 
     fn into_reply(self) -> Reply {
-        let mut told = json!({ "status": self.status.as_u16(), "message": self.message });
+        // Clients print it as it is: a sentence, and little else.
+        let mut told = json!({ "message": self.message });
         if let (Value::Object(told), false) = (&mut told, self.errors.is_empty()) {
-            let errors = self.errors.iter();
-            let errors = errors.map(|one| json!({ "field": one.at, "detail": one.problem, "fix": one.fix }));
-            told.insert("errors".into(), errors.collect());
+            told.insert("wrong".into(), self.errors.iter().map(|one| one.at.as_str()).collect());
         }
         let mut reply = Reply::json(self.status, &told);
         if self.status == StatusCode::UNAUTHORIZED {
