@@ -182,8 +182,8 @@ async fn sockets_of_each_type_are_made_served_and_removed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_signed_key_serves_its_own_tunnel_for_its_minutes_alone() {
-    let node = Node::with(opts().set("mysocket", "certificate_life = \"20s\"")).await;
+async fn a_signed_key_serves_its_own_tunnel_alone() {
+    let node = Node::with(opts()).await;
     let dir = tempfile::tempdir().unwrap();
     let ann = Caller::signed_up(&node, "ann", None).await;
     let origin = Origin::http().await;
@@ -218,18 +218,29 @@ async fn a_signed_key_serves_its_own_tunnel_for_its_minutes_alone() {
     let _first = Ssh::with(&node, ssh_of(&ann.user, &two["tunnels"][0], &origin.target(), &key)).await;
     let _second = Ssh::with(&node, ssh_of(&ann.user, &second, &origin.target(), &key)).await;
     refused(&node, ssh_of(&ann.user, &one["tunnels"][0], &origin.target(), &key)).await;
-    // Its minutes are over; who is in stays in.
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_in_stays_in_when_the_signed_keys_time_is_over() {
+    let node = Node::with(opts().set("mysocket", "certificate_life = \"15s\"")).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (key, origin) = (Key::new(dir.path(), "ecdsa"), Origin::http().await);
+    let ann = Caller::signed_up(&node, "ann", None).await;
+    let socket = ann.ok("POST", "/connect", &json!({"name": "one"})).await;
+    let path = format!("/socket/{}/signkey", text(&socket, "socket_id"));
+    let signed = ann.ok("POST", &path, &json!({"ssh_public_key": key.line()})).await;
+    certify(&key, text(&signed, "signed_ssh_cert"));
+    let tunnel = &socket["tunnels"][0];
+    let _ssh = Ssh::with(&node, ssh_of(&ann.user, tunnel, &origin.target(), &key)).await;
     eventually_within(Duration::from_secs(60), "the end of the certificate", async || {
-        let ssh = Ssh::launch(&node, ssh_of(&ann.user, &second, &origin.target(), &key));
-        let mut program = ssh.program;
-        let (_, said) = tokio::select! {
-            ended = program.finished(DEADLINE) => ended,
-            () = tokio::time::sleep(Duration::from_secs(2)) => return None,
-        };
-        said.contains("Permission denied").then_some(())
+        let mut program = Ssh::launch(&node, ssh_of(&ann.user, tunnel, &origin.target(), &key)).program;
+        tokio::select! {
+            (_, said) = program.finished(DEADLINE) => said.contains("Permission denied").then_some(()),
+            () = tokio::time::sleep(Duration::from_secs(2)) => None,
+        }
     })
     .await;
-    let (status, _) = curl(&node, &[&format!("https://{}:8443/", text(&two, "dnsname"))]).await;
+    let (status, _) = curl(&node, &[&format!("https://{}:8443/", text(&socket, "dnsname"))]).await;
     assert_eq!(status, 200);
 }
 
@@ -516,8 +527,30 @@ async fn guessing_is_slowed_by_account_and_the_owner_elsewhere_is_not_kept_out()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn accounts_and_calls_are_counted() {
+    let opts = opts().set("node", "exempt_loopback = false").set("mysocket", "sign_ups_per_address = 2");
+    let node = Node::with(opts.set("mysocket", "calls_per_account = 10").set("mysocket", "accounts = 3")).await;
+    let (ann, _bob) = (Caller::signed_up(&node, "ann", None).await, Caller::signed_up(&node, "bob", None).await);
+    let account = |name: &str| json!({"name": name, "email": format!("{name}@example.com"), "password": PASSWORD});
+    assert_eq!(Caller::stranger(&node).status("POST", "/user", &account("eve")).await, 429);
+    let (begun, mut taken) = (Instant::now(), 0);
+    while ann.status("GET", "/connect", &Value::Null).await == 200 {
+        taken += 1;
+        assert!(taken <= 10 + begun.elapsed().as_secs() / 6, "{taken} calls were taken");
+    }
+    assert!(taken >= 10);
+    assert!(node.metric("adit_mysocket_calls_total{status=\"429\"}").await >= 2.0);
+    add_user(&node, &["max@example.com"], "long enough\n", None);
+    eventually("the last account", async || {
+        let (status, told) = Caller::stranger(&node).call("POST", "/user", &account("eve")).await;
+        (status == 403 && text(&told, "message").contains("no more accounts")).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tokens_end_with_their_time_their_password_and_their_account() {
-    let node = Node::with(opts().set("mysocket", "session = \"3s\"").set("mysocket", "session_max = \"1d\"")).await;
+    let node = Node::with(opts().set("mysocket", "session = \"10s\"").set("mysocket", "session_max = \"1d\"")).await;
     let mut ann = Caller::signed_up(&node, "ann", None).await;
     let first = ann.token.clone().unwrap();
     let refreshed = ann.ok("POST", "/login/refresh", &Value::Null).await;

@@ -349,6 +349,16 @@ async fn an_early_client_finds_the_key_of_its_account_among_ten() {
     eventually("all steps of the client", async || (met.served.load(Ordering::Relaxed) == 1).then_some(())).await;
     assert_eq!(curl(&node, &[&format!("https://{}:8443/", text(&socket, "dnsname"))]).await.0, 200);
     served_by.abort();
+
+    // Elsewhere SHA-1 is not good enough, whatever the key.
+    let strict = Node::with(opts()).await;
+    let bob = Caller::signed_up(&strict, "bob", Some(&rsa)).await;
+    bob.ok("POST", "/connect", &json!({"name": "web"})).await;
+    let handler = Emulator { met, target: origin.addr, bound: OF_2021.1 };
+    let config = Arc::new(algorithms_of_2021(OF_2021.0));
+    let mut handle = client::connect(config, strict.addr("ssh"), handler).await.unwrap();
+    let key = PrivateKeyWithHashAlg::new(Arc::new(load_secret_key(&rsa.path, None).unwrap()), None);
+    assert!(!handle.authenticate_publickey(bob.user.clone(), key).await.unwrap().success());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -34,14 +34,14 @@ use crate::gate::{Gates, Reply};
 use crate::limits::Rates;
 use crate::logins::Logins;
 use crate::model::identity::Moment;
-use crate::model::{Account, AccountId, HostName, TunnelId};
+use crate::model::{Account, AccountId, HostName, Tunnel, TunnelId};
 
 /// A write must show in the route table within this; it takes milliseconds.
 const APPLY_DEADLINE: Duration = Duration::from_secs(2);
 /// Calls that are answered at once; more are told to come back.
 const AT_ONCE: usize = 64;
-/// Passwords that are hashed at once.
-const HASHING: usize = 2;
+/// Passwords that are hashed at once: each takes a core for some 20 ms.
+const HASHING: usize = 1;
 
 /// What the adapter asks the node for.
 pub struct MysocketHooks {
@@ -122,6 +122,7 @@ impl Mysocket {
             Err(refusal) => refusal.into_reply(),
         };
         let status = reply.status.as_u16();
+        metrics::counter!("adit_mysocket_calls_total", "status" => status.to_string()).increment(1);
         if method == Method::GET {
             tracing::debug!(%ip, %method, path, status, "mysocket");
         } else {
@@ -199,7 +200,7 @@ impl Mysocket {
                 self.sign_key(me, &key_of(body)?, (vec![tunnel], principal)).await.map(ok)
             }
             ("POST", ["signkey"]) => {
-                let mut tunnels: Vec<Stored<crate::model::Tunnel>> = Vec::new();
+                let mut tunnels: Vec<Stored<Tunnel>> = Vec::new();
                 for id in self.records.tunnels_of(&socket.id).await? {
                     tunnels.push(self.tunnel_of(&socket, id.as_str()).await?);
                 }

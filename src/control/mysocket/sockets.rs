@@ -6,8 +6,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{Mysocket, Refusal, certificates, names};
-use crate::feed::records::{Condition, RecordError, Stored};
+use crate::feed::records::{Condition, RecordError, Stored, Written};
 use crate::fields::Mistake;
+use crate::model::identity::Moment;
 use crate::model::{Account, HostName, HostPattern, Provider, Socket, SocketId, SocketType, Tunnel, TunnelId};
 use crate::password;
 
@@ -91,9 +92,27 @@ impl Mysocket {
         with_tunnel: bool,
     ) -> Result<Value, Refusal> {
         let record = self.record_of(account, &wanted).await?;
+        let Written { record: socket, rev, .. } = self.claim_socket(account, record, with_tunnel).await?;
+        self.applied(rev).await;
+        let mut shown = self.shown(account, &socket).await?;
+        if let (Value::Object(shown), Some(password)) = (&mut shown, wanted.protected_password)
+            && socket.gate.as_ref().is_some_and(|gate| gate.basic.is_some())
+        {
+            shown.insert("protected_password".into(), password.into());
+        }
+        Ok(shown)
+    }
+
+    /// Writes a record under made-up names that nobody has, one after another, so that
+    /// the count is right.
+    async fn claim_socket(
+        &self,
+        account: &Account,
+        record: Map<String, Value>,
+        with_tunnel: bool,
+    ) -> Result<Written<Socket>, Refusal> {
         let domain = self.hooks.domain.as_ref();
         let domain = domain.ok_or_else(|| Refusal::down("This node has no domain for names (node.domain)."))?;
-        // One after another, so that the count is right.
         let _turn = self.making.lock().await;
         if self.records.sockets_of(account.id.as_str()).await?.len() >= self.settings.sockets_per_account {
             let most = self.settings.sockets_per_account;
@@ -113,37 +132,19 @@ impl Mysocket {
             let made = match with_tunnel {
                 true => {
                     let tunnel = self.new_tunnel(account, &id)?;
-                    let made = self.records.claim_on_demand(socket, tunnel, None).await;
-                    made.map(|(socket, _)| socket)
+                    self.records.claim_on_demand(socket, tunnel, None).await.map(|(socket, _)| socket)
                 }
                 false => self.records.put_socket(socket, Condition::Absent).await,
             };
             match made {
-                Ok(written) => {
-                    self.applied(written.rev).await;
-                    let mut shown = self.shown(account, &written.record).await?;
-                    if let (Value::Object(shown), Some(password)) = (&mut shown, wanted.protected_password)
-                        && written.record.gate.as_ref().is_some_and(|gate| gate.basic.is_some())
-                    {
-                        shown.insert("protected_password".into(), password.into());
-                    }
-                    return Ok(shown);
-                }
+                Ok(written) => return Ok(written),
                 Err(RecordError::Taken(taken)) if taken.iter().all(is_made_up) => {}
-                Err(RecordError::Taken(taken)) => return Err(self.taken(taken)),
+                Err(RecordError::Taken(taken)) => return Err(refused(&taken)),
+                Err(RecordError::Mistakes(mistakes)) => return Err(told(mistakes)),
                 Err(error) => return Err(error.into()),
             }
         }
         Err(RecordError::Contended.into())
-    }
-
-    /// What is somebody's already: by whom is nobody's business.
-    fn taken(&self, taken: Vec<Mistake>) -> Refusal {
-        let domains = taken.iter().any(|one| one.at.starts_with("hostnames"));
-        match domains {
-            true => Refusal::conflict("One of custom_domains is published by somebody already."),
-            false => Refusal::conflict("There is no free port. Try again later, or ask the operator."),
-        }
     }
 
     pub(super) async fn delete_socket(&self, account: &Account, id: &str) -> Result<(), Refusal> {
@@ -154,6 +155,12 @@ impl Mysocket {
     }
 
     pub(super) async fn make_tunnel(&self, account: &Account, socket: &Socket) -> Result<Value, Refusal> {
+        let Written { record: tunnel, rev, .. } = self.claim_tunnel(account, socket).await?;
+        self.applied(rev).await;
+        Ok(self.shown_tunnel(&tunnel))
+    }
+
+    async fn claim_tunnel(&self, account: &Account, socket: &Socket) -> Result<Written<Tunnel>, Refusal> {
         let _turn = self.making.lock().await;
         if self.records.tunnels_of(&socket.id).await?.len() >= self.settings.tunnels_per_socket {
             let most = self.settings.tunnels_per_socket;
@@ -162,14 +169,9 @@ impl Mysocket {
             )));
         }
         for _ in 0..TRIES {
-            let tunnel = self.new_tunnel(account, &socket.id)?;
-            match self.records.put_tunnel(tunnel, Condition::Absent).await {
-                Ok(written) => {
-                    self.applied(written.rev).await;
-                    return Ok(self.shown_tunnel(&written.record));
-                }
+            match self.records.put_tunnel(self.new_tunnel(account, &socket.id)?, Condition::Absent).await {
                 Err(RecordError::Taken(_)) => {}
-                Err(error) => return Err(error.into()),
+                made => return Ok(made?),
             }
         }
         Err(RecordError::Contended.into())
@@ -213,14 +215,17 @@ impl Mysocket {
         (tunnels, principal): (Vec<Stored<Tunnel>>, String),
     ) -> Result<Value, Refusal> {
         let authority = self.authority()?;
-        let now = crate::model::identity::Moment::now();
-        let life = self.settings.certificate_life;
-        let signed = authority.sign(key, account.id.as_str(), &[principal], (now, life))?;
+        let valid = (Moment::now(), self.settings.certificate_life);
+        let signed = authority.sign(key, account.id.as_str(), &[principal], valid)?;
         for Stored { record, rev } in tunnels.into_iter().filter(|one| is_tunnel_of(&one.record, account)) {
             let mut trusting = record.clone();
             trusting.cert_authorities.retain(|line| !certificates::is_ours(line));
             trusting.cert_authorities.push(authority.line.clone());
-            trusting.principals = certificates::principals(&record.id, &record.socket).to_vec();
+            for principal in certificates::principals(&record.id, &record.socket) {
+                if !trusting.principals.contains(&principal) {
+                    trusting.principals.push(principal);
+                }
+            }
             if trusting != record {
                 let written = self.records.put_tunnel(trusting, Condition::Rev(rev)).await?;
                 self.applied(written.rev).await;
@@ -418,6 +423,14 @@ pub(super) fn is_tunnel_of(tunnel: &Tunnel, account: &Account) -> bool {
 /// Whether what is taken was made up, so that another may be.
 fn is_made_up(taken: &Mistake) -> bool {
     matches!(taken.at.as_str(), "hostnames[0]" | "relay_port" | "id" | "socket")
+}
+
+/// What is somebody's already: by whom is nobody's business.
+fn refused(taken: &[Mistake]) -> Refusal {
+    match taken.iter().any(|one| one.at.starts_with("hostnames")) {
+        true => Refusal::conflict("One of custom_domains is published by somebody already."),
+        false => Refusal::conflict("There is no free port. Try again later, or ask the operator."),
+    }
 }
 
 /// Mistakes of a record, by what clients call its fields.
