@@ -1,21 +1,24 @@
 //! The calls of mysocketctl, answered over the node's own records, at hosts of their own
-//! on the HTTPS port. This file owns the way of a request to its handler, and what is
-//! refused; `accounts` who asks, `sessions` their tokens, `sockets` what is theirs,
-//! `certificates` the CA of their SSH keys. Nothing of the operator's API is here.
+//! on the HTTPS port. This file owns the way of a request to its handler; `accounts` who
+//! asks, `sessions` their tokens, `sockets` what is theirs and `wanted` what they ask
+//! for, `certificates` the CA of their SSH keys, `refusal` what is told instead. Nothing
+//! of the operator's API is here.
 
 mod accounts;
 mod certificates;
 mod names;
+mod refusal;
 mod sessions;
 mod settings;
 mod sockets;
+mod wanted;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, StatusCode};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -26,10 +29,9 @@ pub use self::names::user as made_up_user;
 pub use self::settings::MysocketSettings;
 
 use self::certificates::Authority;
-use self::sockets::Wanted;
-use crate::feed::WriteError;
-use crate::feed::records::{RecordError, Records, Stored};
-use crate::fields::Mistake;
+use self::refusal::Refusal;
+use self::wanted::Wanted;
+use crate::feed::records::{Records, Stored};
 use crate::gate::{Gates, Reply};
 use crate::limits::Rates;
 use crate::logins::Logins;
@@ -283,109 +285,4 @@ fn key_of(body: &[u8]) -> Result<String, Refusal> {
         ssh_public_key: String,
     }
     read::<Csr>(body).map(|csr| csr.ssh_public_key)
-}
-
-/// Why a call is refused, as clients print it.
-#[derive(Debug)]
-struct Refusal {
-    status: StatusCode,
-    message: String,
-    errors: Vec<Mistake>,
-    wait: Option<Duration>,
-    allow: Option<&'static [&'static str]>,
-}
-
-impl Refusal {
-    fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), errors: Vec::new(), wait: None, allow: None }
-    }
-
-    fn unauthorized(message: &str) -> Self {
-        Self::new(StatusCode::UNAUTHORIZED, message)
-    }
-
-    fn forbidden(message: &str) -> Self {
-        Self::new(StatusCode::FORBIDDEN, message)
-    }
-
-    fn not_found(what: &str) -> Self {
-        Self::new(StatusCode::NOT_FOUND, format!("There is no such {what}."))
-    }
-
-    fn conflict(message: &str) -> Self {
-        Self::new(StatusCode::CONFLICT, message)
-    }
-
-    fn invalid(field: &str, problem: &str, fix: &str) -> Self {
-        Self::mistakes(vec![Mistake { at: field.to_owned(), problem: problem.to_owned(), fix: fix.to_owned() }])
-    }
-
-    fn mistakes(errors: Vec<Mistake>) -> Self {
-        let message = errors.iter().map(Mistake::to_string).collect::<Vec<_>>().join(". ");
-        Self { errors, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, message) }
-    }
-
-    fn method(allow: &'static [&'static str]) -> Self {
-        let message = format!("This path takes {}.", allow.join(", "));
-        Self { allow: Some(allow), ..Self::new(StatusCode::METHOD_NOT_ALLOWED, message) }
-    }
-
-    fn busy(message: &str, wait: Duration) -> Self {
-        Self { wait: Some(wait), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
-    }
-
-    fn down(message: &str) -> Self {
-        Self { wait: Some(Duration::from_secs(1)), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
-    }
-
-    fn no_random() -> Self {
-        Self::down("The node has no random bytes.")
-    }
-
-    fn no_keyring() -> Self {
-        Self::down("The node has no keyring yet (gate.make_keyring, or the control plane's).")
-    }
-
-    fn into_reply(self) -> Reply {
-        // Clients print it as it is: a sentence, and little else.
-        let mut told = json!({ "message": self.message });
-        if let (Value::Object(told), false) = (&mut told, self.errors.is_empty()) {
-            told.insert("wrong".into(), self.errors.iter().map(|one| one.at.as_str()).collect());
-        }
-        let mut reply = Reply::json(self.status, &told);
-        if self.status == StatusCode::UNAUTHORIZED {
-            reply = reply.with(WWW_AUTHENTICATE, HeaderValue::from_static("x-access-token"));
-        }
-        if let Some(allow) = self.allow.and_then(|allow| HeaderValue::from_str(&allow.join(", ")).ok()) {
-            reply = reply.with(hyper::header::ALLOW, allow);
-        }
-        match self.wait {
-            Some(wait) => reply.retry_after(wait.as_secs().saturating_add(1)),
-            None => reply,
-        }
-    }
-}
-
-impl From<RecordError> for Refusal {
-    fn from(error: RecordError) -> Self {
-        match error {
-            RecordError::Mistakes(mistakes) => Self::mistakes(mistakes),
-            RecordError::Taken(_) | RecordError::Precondition { .. } | RecordError::InUse(_) => {
-                Self::conflict("Somebody else was quicker. Look again.")
-            }
-            RecordError::NotFound => Self::not_found("record"),
-            RecordError::Write(WriteError::Denied(why)) => {
-                tracing::error!(why, "the mysocket API is on at a node that may not write records");
-                Self::down("This node does not write records.")
-            }
-            RecordError::Unreadable(_) => {
-                tracing::error!(%error, "a stored record cannot be read");
-                Self::down("What is stored cannot be read by this node.")
-            }
-            RecordError::Contended | RecordError::Write(_) | RecordError::Read(_) => {
-                tracing::warn!(%error, "a call of mysocketctl failed");
-                Self::down("The records cannot be written or read now. Try again.")
-            }
-        }
-    }
 }
