@@ -9,7 +9,7 @@ use std::str::FromStr;
 use serde_json::{Map, Value};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use crate::control::ControlSettings;
+use crate::control::{ControlSettings, MysocketSettings};
 use crate::dial::DialSettings;
 use crate::drain::DrainSettings;
 use crate::feed::settings::EtcdSettings;
@@ -63,6 +63,8 @@ pub struct Config {
     pub drain: DrainSettings,
     /// `[control]`: where the operator arrives.
     pub control: ControlSettings,
+    /// `[mysocket]`: where owners' mysocketctl arrives.
+    pub mysocket: MysocketSettings,
 }
 
 impl Config {
@@ -87,6 +89,7 @@ impl Config {
             dial: section(f, "dial", DialSettings::read),
             drain: section(f, "drain", DrainSettings::read),
             control: section(f, "control", ControlSettings::read),
+            mysocket: section(f, "mysocket", MysocketSettings::read),
         }
     }
 
@@ -110,9 +113,24 @@ impl Config {
         if !self.fleet.listen.is_empty() && self.etcd.endpoints.is_empty() {
             f.mistake("fleet.listen", "there is no fleet".into(), "write etcd.endpoints, or leave it out".into());
         }
+        let mysocket = &self.mysocket;
+        if !mysocket.hosts.is_empty() && self.node.domain.is_none() {
+            f.mistake("mysocket.hosts", "there is no domain for sockets' names".into(), "write node.domain".into());
+        }
+        if self.gate.host.as_ref().is_some_and(|auth| mysocket.hosts.contains(auth)) {
+            f.mistake("mysocket.hosts", "has gate.host in it".into(), "give each its own name".into());
+        }
+        if !mysocket.providers.is_empty() && self.gate.host.is_none() {
+            f.mistake("mysocket.providers", "need a host to log in at".into(), "write gate.host".into());
+        }
         if self.tls.make_certificate && self.node.domain.is_none() {
             f.mistake("tls.make_certificate", "has no name to make one for".into(), "write node.domain".into());
         }
+    }
+
+    /// Hosts that are the node's own, and no socket's.
+    pub fn own_hosts(&self) -> Vec<HostName> {
+        self.gate.host.iter().chain(&self.mysocket.hosts).cloned().collect()
     }
 
     /// Every fixed listener with the key that names it.

@@ -9,7 +9,7 @@
 //!                      HTTP/raw)            └ http, or relay: splice between TCP, copy elsewhere
 //! feed (embedded store, or etcd) ─► follower ─► route table and certificates (their only writer)
 //! SSH sessions ─► tunnel: live tunnels, the latest login first ─► fleet ─► feed (of a fleet)
-//! operator ─► control API ─► records ─► feed
+//! operator ─► control API ─► records ─► feed;  owners' mysocketctl ─► control::mysocket ─► records
 //! ```
 //!
 //! **Begin at** `ingress/visit.rs`: the path of a visitor, top to bottom. Then
@@ -65,7 +65,7 @@ pub mod routes; // which socket, which tunnels
 pub mod ssh; // the SSH engine
 pub mod tunnel; // the door to SSH
 
-pub mod control; // the operator's API
+pub mod control; // the operator's API, and mysocketctl's
 pub mod feed; // where records come from
 
 #[doc(hidden)]
@@ -74,6 +74,7 @@ pub mod fuzzing; // what fuzz targets assert
 pub mod config;
 pub mod node; // composition root
 pub mod status; // a node's status for a terminal
+pub mod user; // accounts, made from a terminal
 
 #[cfg(test)]
 mod tests {
@@ -94,7 +95,7 @@ mod tests {
         ("http", &["routes", "gate", "dial", "relay"]),
         ("ingress", &["routes", "gate", "dial", "http", "relay", "tunnel"]),
         ("checks", &["routes", "tunnel", "dial", "http"]),
-        ("control", &["feed", "routes", "tunnel"]),
+        ("control", &["feed", "routes", "tunnel", "logins", "gate"]),
     ];
     const BASE: &[&str] = &[
         "model",

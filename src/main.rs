@@ -12,9 +12,10 @@ use tracing_subscriber::util::SubscriberInitExt;
 use adit::config::{Config, LogFormat, LogSettings};
 use adit::fields::Mistake;
 use adit::fleet::authority;
-use adit::model::NodeId;
+use adit::model::{AccountId, NodeId};
 use adit::node;
 use adit::status;
+use adit::user;
 
 /// The node ran and then failed.
 const FAILED: u8 = 1;
@@ -65,6 +66,9 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         token: Option<PathBuf>,
     },
+    /// Accounts of owners who publish by mysocketctl, at a running node of this machine
+    #[command(subcommand)]
+    User(UserCommand),
     /// Make certificates by which the nodes of a fleet know each other
     #[command(after_help = CA_HELP)]
     Ca {
@@ -77,6 +81,28 @@ enum Command {
         /// How long the nodes' certificates last
         #[arg(long, default_value_t = 365)]
         days: u32,
+    },
+}
+
+#[derive(Subcommand)]
+enum UserCommand {
+    /// Make an account; its password is the first line of standard input
+    #[command(after_help = "Exit codes: 0 made, 1 the node does not answer or refuses")]
+    Add {
+        /// Address by which they log in
+        email: String,
+        /// Whose it is
+        #[arg(long)]
+        name: Option<String>,
+        /// File of their public SSH key, for clients that have no certificates
+        #[arg(long, value_name = "FILE")]
+        ssh_key: Option<PathBuf>,
+        /// Id of the account, and SSH user of its tunnels [default: a made-up one]
+        #[arg(long)]
+        id: Option<AccountId>,
+        /// File of the operators' token (control.token_file), where the node did not make one
+        #[arg(long, value_name = "FILE")]
+        token: Option<PathBuf>,
     },
 }
 
@@ -102,6 +128,10 @@ fn main() -> ExitCode {
     let NodeArguments { state, config } = arguments.node;
     if let Some(Command::Status { json, token }) = &arguments.command {
         return show_status(config.as_deref(), state, token.as_deref(), *json);
+    }
+    if let Some(Command::User(UserCommand::Add { email, name, ssh_key, id, token })) = &arguments.command {
+        let new = user::New { email, name: name.as_deref(), ssh_key: ssh_key.as_deref(), id: id.as_ref() };
+        return add_user(config.as_deref(), state, token.as_deref(), &new);
     }
     let loaded = match (&arguments.command, &config) {
         (None, None) => Config::dev(),
@@ -133,17 +163,38 @@ fn main() -> ExitCode {
     run(settings)
 }
 
-fn show_status(config: Option<&Path>, state: Option<PathBuf>, token: Option<&Path>, json: bool) -> ExitCode {
-    let settings = config.map_or_else(Config::dev, Config::load);
-    let settings = match settings {
-        Ok(settings) => settings,
+fn add_user(config: Option<&Path>, state: Option<PathBuf>, token: Option<&Path>, new: &user::New<'_>) -> ExitCode {
+    let (state, made) = match running(config, state) {
+        Ok(running) => running,
+        Err(code) => return code,
+    };
+    match user::add(&state, token.or(made.as_deref()), new) {
+        Ok(id) => println!("{id}"),
+        Err(why) => {
+            eprintln!("adit: {why}");
+            return ExitCode::from(FAILED);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// The state folder of the running node, and the file of its token if it has one set.
+fn running(config: Option<&Path>, state: Option<PathBuf>) -> Result<(PathBuf, Option<PathBuf>), ExitCode> {
+    match config.map_or_else(Config::dev, Config::load) {
+        Ok(settings) => Ok((state.unwrap_or(settings.node.state), settings.control.token_file)),
         Err(mistakes) => {
             eprint!("{}", tell(&mistakes, config));
-            return ExitCode::from(BAD_SETTINGS);
+            Err(ExitCode::from(BAD_SETTINGS))
         }
+    }
+}
+
+fn show_status(config: Option<&Path>, state: Option<PathBuf>, token: Option<&Path>, json: bool) -> ExitCode {
+    let (state, made) = match running(config, state) {
+        Ok(running) => running,
+        Err(code) => return code,
     };
-    let state = state.unwrap_or(settings.node.state);
-    match status::ask(&state, token.or(settings.control.token_file.as_deref())) {
+    match status::ask(&state, token.or(made.as_deref())) {
         Ok(told) if json => println!("{told:#}"),
         Ok(told) => print!("{}", status::render(&told)),
         Err(why) => {

@@ -23,6 +23,7 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
         "Requests sent to origins, by connection: kept from an earlier one, or new",
     ),
     ("adit_gate_decisions_total", Unit::Count, "Decisions at gates, by kind, decision and why"),
+    ("adit_mysocket_calls_total", Unit::Count, "Calls of mysocketctl, by status"),
     ("adit_gate_cut_total", Unit::Count, "Running requests that were cut because they no longer passed"),
     ("adit_origin_retries_total", Unit::Count, "Requests sent again because their connection had ended"),
     (

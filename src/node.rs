@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::checks::Checks;
 use crate::config::Config;
-use crate::control::{self, ControlSettings, ControlState};
+use crate::control::{self, ControlSettings, ControlState, Mysocket, MysocketHooks, MysocketParts};
 use crate::dial::Dialer;
 use crate::drain::{DrainSettings, Stages};
 use crate::feed::follower::{self, Follower, Following};
@@ -27,10 +27,11 @@ use crate::feed::store::Store;
 use crate::feed::{self, Feed, Subscription};
 use crate::fleet::{self, Fleet};
 use crate::gate::{self, Gates};
-use crate::http::{Http, HttpSettings};
+use crate::http::{Http, HttpSettings, OwnHosts};
 use crate::ingress::{self, Door, Ingress, Ports};
 use crate::logins::Logins;
 use crate::metrics::Exporter;
+use crate::model::TunnelId;
 use crate::routes::Routes;
 use crate::secret_file;
 use crate::tcp;
@@ -127,7 +128,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let knobs = RecordSettings {
         ports: config.ingress.ports,
         domain: config.node.domain.clone(),
-        reserved: config.gate.host.clone(),
+        reserved: config.own_hosts(),
     };
     let records = Arc::new(Records::new(Arc::clone(&feed), knobs));
     let logins = Arc::<Logins>::default();
@@ -184,7 +185,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let dialer = Arc::new(Dialer::new(Arc::clone(&tunnels), fleet.clone(), config.dial.clone()));
     let http = HttpSettings { public_https_port: urls.https_port.unwrap_or(443), ..config.http.clone() };
     let parts = gate::Parts {
-        logins,
+        logins: Arc::clone(&logins),
         routes: Arc::clone(&routes),
         records: Arc::clone(&records),
         public_https_port: http.public_https_port,
@@ -193,8 +194,19 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let gates = Gates::new(config.gate.clone(), parts).map_err(Failure::Start)?;
     gates.make_keyring().await;
     tasks.spawn(Arc::clone(&gates).watch(following.revisions(), stop.clone()));
-    let http = Http::new(Arc::clone(&routes), Arc::clone(&dialer), gates, http, stages.visitors.clone());
+    let http = Http::new(Arc::clone(&routes), Arc::clone(&dialer), Arc::clone(&gates), http, stages.visitors.clone());
     let http = http.map_err(Failure::Start)?;
+    if !config.mysocket.hosts.is_empty() {
+        let hooks = mysocket_hooks(&config, &urls, fleet.as_ref());
+        let (records, acting) = (Arc::clone(&records), ports.synced());
+        let parts = MysocketParts { records, logins, gates, acting, hooks };
+        let mysocket = Mysocket::new(config.mysocket.clone(), parts);
+        let answers = move |request, ip| {
+            let mysocket = Arc::clone(&mysocket);
+            Box::pin(async move { mysocket.answer(request, ip).await }) as _
+        };
+        http.serve_own(OwnHosts { names: config.mysocket.hosts.clone(), answers: Arc::new(answers) });
+    }
     tasks.spawn({
         let (http, closed) = (Arc::clone(&http), stages.close.clone());
         async move {
@@ -492,6 +504,21 @@ fn status(
     })
 }
 
+/// What the mysocket adapter asks the node for. A tunnel's server is the node of its
+/// latest login.
+fn mysocket_hooks(config: &Config, urls: &Urls, fleet: Option<&Arc<Fleet>>) -> MysocketHooks {
+    let (fleet, here) = (fleet.cloned(), urls.host.clone());
+    let elsewhere =
+        move |tunnel: &TunnelId| fleet.as_ref()?.places(tunnel).first().map(|place| place.node().to_string());
+    MysocketHooks {
+        domain: config.node.domain.clone(),
+        public_host: urls.host.clone(),
+        public_ports: urls.http_port.into_iter().chain(urls.https_port).collect(),
+        tunnel_server: Box::new(move |tunnel| elsewhere(tunnel).unwrap_or_else(|| here.clone())),
+        exempt_loopback: config.node.exempt_loopback,
+    }
+}
+
 /// Runs `work` until `stop`.
 async fn until(stop: CancellationToken, work: impl Future<Output = ()> + Send) {
     tokio::select! {
@@ -504,8 +531,8 @@ async fn until(stop: CancellationToken, work: impl Future<Output = ()> + Send) {
 fn made_up_tls(config: &Config, state: &StateDir, certificates: &Certificates) -> Result<Option<DevTls>, Failure> {
     let Some(domain) = config.node.domain.as_ref().filter(|_| config.tls.make_certificate) else { return Ok(None) };
     let dir = state.file("tls");
-    let made = DevTls::load_or_make(&dir, domain, config.gate.host.as_ref())
-        .map_err(|error| Failure::State { path: dir, error })?;
+    let made =
+        DevTls::load_or_make(&dir, domain, &config.own_hosts()).map_err(|error| Failure::State { path: dir, error })?;
     certificates.put_default(&made.chain_pem, &made.key_pem).map_err(Failure::Start)?;
     Ok(Some(made))
 }

@@ -1,5 +1,6 @@
 //! What `adit status` shows: what a node of this machine tells by its control API, for
 //! people. The node says where it listens in its state folder, and keeps a token there.
+//! `adit user` asks it by the same way.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -14,13 +15,25 @@ const WAIT: Duration = Duration::from_secs(5);
 /// The longest answer that is read, in bytes.
 const ANSWER_MAX: u64 = 256 << 20;
 
-/// Asks the node whose state folder this is; `token` is the file of its operators'
-/// token, where that is not the one that the node made.
+/// Asks the node whose state folder this is how it is; `token` is the file of its
+/// operators' token, where that is not the one that the node made.
+///
+/// # Errors
+/// Why there is no answer, for people.
+pub fn ask(state: &Path, token: Option<&Path>) -> Result<Value, String> {
+    match call(state, token, "GET /v1/status", None)? {
+        (200, told) if !told.is_null() => Ok(told),
+        (status, _) => Err(format!("the node answers {status}, and no status")),
+    }
+}
+
+/// One call of the node's control API, `METHOD PATH`: the status of the answer, and its
+/// JSON. A record that is sent is to be a new one.
 ///
 /// # Errors
 /// Why there is no answer, for people.
 #[allow(clippy::indexing_slicing, reason = "a JSON value answers null for what it has not")]
-pub fn ask(state: &Path, token: Option<&Path>) -> Result<Value, String> {
+pub fn call(state: &Path, token: Option<&Path>, what: &str, record: Option<&Value>) -> Result<(u16, Value), String> {
     let listening = state.join("listening.json");
     let text = std::fs::read_to_string(&listening).map_err(|error| {
         format!("{}: {error}: no node runs on this state folder; name its --state", listening.display())
@@ -38,14 +51,17 @@ pub fn ask(state: &Path, token: Option<&Path>) -> Result<Value, String> {
     let mut tcp = TcpStream::connect_timeout(&addr, WAIT).map_err(failed)?;
     tcp.set_read_timeout(Some(WAIT)).map_err(failed)?;
     // HTTP/1.0: the answer ends with the connection.
-    write!(tcp, "GET /v1/status HTTP/1.0\r\nHost: {addr}\r\n{authorization}\r\n").map_err(failed)?;
+    let body = record.map(Value::to_string).unwrap_or_default();
+    let new = format!("Content-Type: application/json\r\nContent-Length: {}\r\nIf-None-Match: *\r\n", body.len());
+    let fields = if record.is_some() { new } else { String::new() };
+    write!(tcp, "{what} HTTP/1.0\r\nHost: {addr}\r\n{authorization}{fields}\r\n{body}").map_err(failed)?;
     let mut answer = String::new();
     tcp.take(ANSWER_MAX).read_to_string(&mut answer).map_err(failed)?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
-    match head.split(' ').nth(1) {
-        Some("200") => serde_json::from_str(body).map_err(|_| format!("what {addr} answers is no status")),
-        Some("401" | "403") => Err(format!("the node at {addr} wants its token: name its file by --token")),
-        status => Err(format!("the node at {addr} answers {}", status.unwrap_or("nothing"))),
+    match head.split(' ').nth(1).map(str::parse) {
+        Some(Ok(401)) => Err(format!("the node at {addr} wants its token: name its file by --token")),
+        Some(Ok(status)) => Ok((status, serde_json::from_str(body).unwrap_or_default())),
+        _ => Err(format!("the node at {addr} answers nothing")),
     }
 }
 

@@ -1,7 +1,9 @@
 //! The operator's API: JSON over HTTP/1.1 on the control listener. This file
 //! owns the listener, who may ask, and the way of a request to its handler;
-//! `resources` has the records, `watch` the event stream, `ops` the node.
+//! `resources` has the records, `watch` the event stream, `ops` the node. `mysocket`
+//! answers owners' clients instead, at hosts of the HTTPS port.
 
+mod mysocket;
 mod ops;
 mod problem;
 mod resources;
@@ -32,6 +34,7 @@ use tokio::sync::{Semaphore, watch as watch_channel};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use self::mysocket::{Mysocket, MysocketHooks, MysocketParts, MysocketSettings, made_up_user};
 pub use self::settings::ControlSettings;
 
 use self::problem::Problem;

@@ -11,7 +11,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
 
 use super::problem::Problem;
-use super::{Answer, Body, ControlState, json, routing, secrets};
+use super::{Answer, Body, ControlState, json, mysocket, routing, secrets};
 use crate::feed::records::{Condition, Record, RecordError, Records, Written, without};
 use crate::fields::Mistake;
 use crate::model::{Account, Certificate, Keyring, Provider, Revocation, Socket, TicketKeys, Tunnel};
@@ -104,11 +104,15 @@ impl Resource for Account {
     const PATH: &'static str = "/v1/accounts";
 
     async fn put(self, records: &Records, condition: Condition) -> Result<Written<Self>, RecordError> {
-        records.put_account(self, condition).await
+        let written = records.put_account(self, condition).await?;
+        mysocket::rekey(records, &written.record.id, Some(&written.record)).await?;
+        Ok(written)
     }
 
     async fn delete(id: &Self::Id, records: &Records, condition: Condition, _: bool) -> Result<u64, RecordError> {
-        records.delete_account(id, condition).await
+        let rev = records.delete_account(id, condition).await?;
+        mysocket::rekey(records, id, None).await?;
+        Ok(rev)
     }
 }
 

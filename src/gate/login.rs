@@ -4,6 +4,7 @@
 //! (`steps`), and bound to it by a cookie at each of the two hosts.
 
 use std::borrow::Cow;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -269,13 +270,8 @@ impl Gates {
         };
         let given = self.one(asked, &fields, "email")?.unwrap_or_default().trim();
         let password = self.one(asked, &fields, "password")?.unwrap_or_default();
-        let email = given.parse::<Email>().ok();
-        let account = email.as_ref().and_then(|email| self.logins.account(email));
-        let (name, hash) = (email.as_ref().map_or(given, Email::as_str), account.as_ref().map(|a| &a.password));
-        // Names that do not exist are one place: else each would have a budget of its own.
-        let place = account.as_ref().map_or("no account".to_owned(), |account| format!("account {}", account.id));
-        let checked = self.passwords.check(&place, asked.ip, name, password, hash.ok_or(None)).await;
-        let account = account.filter(|account| !account.disabled);
+        let (checked, account) = self.check_account(given, password, asked.ip).await;
+        let account = account.filter(|account| !account.signed_up);
         let (Checked::Right { .. }, Some(account)) = (checked, account) else {
             let (why, text) = match checked {
                 Checked::Busy(_) => ("busy", "Too many passwords were tried. Wait a moment."),
@@ -298,6 +294,18 @@ impl Gates {
         // Who types an address into a page that names the host need not be asked
         // whether its owner may see it.
         Ok(self.hand_over(asked, &start, who, StatusCode::SEE_OTHER, now)?.setting(done))
+    }
+
+    /// Whether this is the password of the account that logs in by this address; and the
+    /// account, unless it may not.
+    pub async fn check_account(&self, given: &str, password: &str, ip: IpAddr) -> (Checked, Option<Arc<Account>>) {
+        let email = given.parse::<Email>().ok();
+        let account = email.as_ref().and_then(|email| self.logins.account(email));
+        let (name, hash) = (email.as_ref().map_or(given, Email::as_str), account.as_ref().map(|a| &a.password));
+        // Names that do not exist are one place: else each would have a budget of its own.
+        let place = account.as_ref().map_or("no account".to_owned(), |account| format!("account {}", account.id));
+        let checked = self.passwords.check(&place, ip, name, password, hash.ok_or(None)).await;
+        (checked, account.filter(|account| !account.disabled))
     }
 
     // --- 4: back to the socket's host ---

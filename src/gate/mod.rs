@@ -38,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::assertion::strip;
 pub use self::live::Held;
 pub use self::pages::Reply;
+pub use self::passwords::Checked;
 pub use self::settings::GateSettings;
 pub use self::who::Who;
 
@@ -46,7 +47,7 @@ use self::live::{Entry, Live};
 use self::login::{Destination, Stepped};
 use self::opened::Opened;
 use self::pages::Pages;
-use self::passwords::{Checked, Passwords};
+use self::passwords::Passwords;
 use self::paths::Found;
 use self::providers::Providers;
 use self::seen::Seen;

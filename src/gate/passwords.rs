@@ -38,7 +38,7 @@ pub(super) struct Passwords {
 
 /// What a check came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Checked {
+pub enum Checked {
     /// It is the password; whether it had to be computed.
     Right {
         /// It was not known from before.

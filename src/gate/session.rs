@@ -230,7 +230,7 @@ impl Session {
         if provider.kind == ProviderKind::Local {
             // An account that is gone, disabled or someone else's by now is out, and so is
             // who logged in by another password.
-            let account = logins.account_by_id(&self.subject).filter(|account| !account.disabled);
+            let account = logins.account_by_id(&self.subject).filter(|one| !one.disabled && !one.signed_up);
             let same = |account: &std::sync::Arc<crate::model::Account>| {
                 Some(&account.email) == self.email.as_ref()
                     && Some(account.password.digest()) == self.provider_session.as_deref()

@@ -182,6 +182,13 @@ impl<D: Dial> Http<D> {
         if route.as_ref().is_some_and(|route| route.socket.redirect_https) && !asked.secure {
             return Ok(answer::redirect(asker, &host, self.settings.public_https_port, &target.to_string()).into());
         }
+        if let Some(own) = self.own.get().filter(|own| route.is_none() && own.has(&host)) {
+            if !asked.secure {
+                return Ok(answer::redirect(asker, &host, self.settings.public_https_port, &target.to_string()).into());
+            }
+            parts.uri = target;
+            return Ok(answer::gate(asker, own.answer(parts, upload, record.visitor.ip()).await?).into());
+        }
         let gate = gate::Asked {
             route: route.as_ref(),
             host: &host,
@@ -257,8 +264,8 @@ impl<D: Dial> Http<D> {
         }
     }
 
-    /// The socket that a request for `host` on this connection reaches; none: the
-    /// host where visitors log in. What is not reachable here answers as what does
+    /// The socket that a request for `host` on this connection reaches; none: a
+    /// host of the node's own. What is not reachable here answers as what does
     /// not exist.
     fn route(&self, connection: &Arc<Connection>, host: &str) -> Result<Option<Arc<Route>>, Error> {
         if let Some(tls) = &connection.via.tls
@@ -267,7 +274,7 @@ impl<D: Dial> Http<D> {
         {
             return Err(Error::Misdirected);
         }
-        if self.gates.is_auth_host(host) {
+        if self.is_own_host(host) {
             return Ok(None);
         }
         let route = self.routes.by_host(host);

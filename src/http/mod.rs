@@ -12,6 +12,7 @@ pub mod headers;
 mod io;
 mod origin_tls;
 mod origins;
+mod own;
 pub mod page;
 mod probe;
 mod pulse;
@@ -26,7 +27,7 @@ mod tests;
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
@@ -40,6 +41,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use self::own::OwnHosts;
 pub use self::settings::HttpSettings;
 
 use self::io::VisitorIo;
@@ -105,6 +107,7 @@ pub struct Http<D> {
     origins: Arc<Origins>,
     template: Template,
     gates: Arc<Gates>,
+    own: OnceLock<OwnHosts>,
     tracker: TaskTracker,
 }
 
@@ -161,12 +164,28 @@ impl<D: Dial> Http<D> {
         let template = Template::read(settings.error_page.as_deref())?;
         let origin_tls = OriginTls::new(settings.origin_tls, settings.origin_ca_file.clone());
         let origins = Origins::new(&settings, tracker.clone());
-        Ok(Arc::new(Self { routes, dialer, settings, origin_tls, origins, template, gates, tracker }))
+        Ok(Arc::new(Self {
+            routes,
+            dialer,
+            settings,
+            origin_tls,
+            origins,
+            template,
+            gates,
+            own: OnceLock::new(),
+            tracker,
+        }))
     }
 
-    /// Whether this is the host where visitors log in.
-    pub fn is_auth_host(&self, host: &str) -> bool {
-        self.gates.is_auth_host(host)
+    /// Whether this host is the node's own: where visitors log in, or one of
+    /// `serve_own`.
+    pub fn is_own_host(&self, host: &str) -> bool {
+        self.gates.is_auth_host(host) || self.own.get().is_some_and(|own| own.has(host))
+    }
+
+    /// Answers for these hosts from here on; said once.
+    pub fn serve_own(&self, hosts: OwnHosts) {
+        let _ = self.own.set(hosts);
     }
 
     /// Closes the connections to origins that wait for a request, and keeps no

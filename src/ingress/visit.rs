@@ -122,8 +122,8 @@ impl Ingress {
         let (hello, head) = hello::peek(&mut tcp, &self.parts.hello).await?;
         match (door, hello) {
             (Door::Https, Hello::Tls(client)) => {
-                // Nobody passes through in place of the host where visitors log in.
-                let name = client.sni.name().filter(|name| !self.parts.http.is_auth_host(name.as_str()));
+                // Nobody passes through in place of a host of the node's own.
+                let name = client.sni.name().filter(|name| !self.parts.http.is_own_host(name.as_str()));
                 let passed = name.and_then(|name| self.parts.routes.by_host(name.as_str()));
                 let stream = Stream::tcp(tcp).with_head(head);
                 if let Some(route) = passed.filter(|r| r.socket.kind == SocketType::Passthrough) {

@@ -39,6 +39,11 @@ impl Logins {
         self.accounts.get(&id).map(|account| Arc::clone(&account))
     }
 
+    /// How many accounts there are.
+    pub fn accounts(&self) -> usize {
+        self.accounts.len()
+    }
+
     /// The account with this id.
     pub fn account_by_id(&self, id: &str) -> Option<Arc<Account>> {
         self.accounts.get(id).map(|account| Arc::clone(&account))

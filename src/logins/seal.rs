@@ -82,6 +82,10 @@ struct Key {
     signing: Ed25519KeyPair,
     /// Names sessions after the logins that made them.
     naming: aws_lc_rs::hmac::Key,
+    /// Signs tokens of owners.
+    tokens: aws_lc_rs::hmac::Key,
+    /// The seed of the CA of owners' SSH certificates.
+    authority: [u8; 32],
 }
 
 impl fmt::Debug for Seals {
@@ -116,8 +120,11 @@ impl Key {
         let signing = Ed25519KeyPair::from_seed_unchecked(&seed).map_err(|e| format!("key \"{}\": {e}", key.kid))?;
         let naming = derived("session names").map_err(failed)?;
         let naming = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &naming);
+        let tokens = derived("owners' tokens").map_err(failed)?;
+        let tokens = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &tokens);
+        let authority = derived("owners' ssh authority").map_err(failed)?;
         let (kid, seal_from, open_until) = (key.kid.clone(), key.seal_from, key.open_until);
-        Ok(Self { kid, seal_from, open_until, by_purpose, signing, naming })
+        Ok(Self { kid, seal_from, open_until, by_purpose, signing, naming, tokens, authority })
     }
 
     fn of(&self, purpose: Purpose) -> Option<&LessSafeKey> {
@@ -203,6 +210,26 @@ impl Seals {
     pub fn public_keys(&self, now: Moment) -> impl Iterator<Item = (&KeyId, &[u8])> {
         let lives = move |key: &&Key| key.open_until.is_none_or(|until| now < until);
         self.0.iter().filter(lives).map(|key| (&key.kid, key.signing.public_key().as_ref()))
+    }
+
+    /// Signs a token of an owner (HMAC-SHA-256): what `message` makes of the key's
+    /// name, and the tag.
+    pub fn sign_token(&self, now: Moment, message: impl FnOnce(&KeyId) -> String) -> Option<(String, Vec<u8>)> {
+        let key = self.current(now)?;
+        let message = message(&key.kid);
+        let tag = aws_lc_rs::hmac::sign(&key.tokens, message.as_bytes()).as_ref().to_vec();
+        Some((message, tag))
+    }
+
+    /// Whether the key of this name signed a token; in constant time.
+    pub fn is_token(&self, kid: &str, message: &[u8], tag: &[u8], now: Moment) -> bool {
+        let lives = |key: &&Key| key.kid.as_str() == kid && key.open_until.is_none_or(|until| now < until);
+        self.0.iter().find(lives).is_some_and(|key| aws_lc_rs::hmac::verify(&key.tokens, message, tag).is_ok())
+    }
+
+    /// The seed of the CA that signs owners' SSH keys now, and the key's name.
+    pub fn authority(&self, now: Moment) -> Option<(&KeyId, &[u8; 32])> {
+        self.current(now).map(|key| (&key.kid, &key.authority))
     }
 
     /// The name of the session that a login makes, the same on every node: a

@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use unicode_normalization::UnicodeNormalization;
 
-use super::{AccountId, KeyId, ProviderId, RevocationId, head, record};
+use super::{AccountId, AuthorizedKey, KeyId, ProviderId, RevocationId, head, record};
 use crate::fields::{Base64, Field, Fields, Mistake};
 use crate::text_field;
 
@@ -459,10 +459,10 @@ impl Provider {
     }
 }
 
-/// An account of our own (providers of kind local).
+/// An account of our own (providers of kind local, owners of sockets).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Account {
-    /// Its id, and the subject of its logins.
+    /// Its id, the subject of its logins, and the SSH user of its tunnels.
     pub id: AccountId,
     /// Its address: what it logs in by, and what rules see.
     pub email: Email,
@@ -470,6 +470,13 @@ pub struct Account {
     pub password: PasswordHash,
     /// Whether it may not log in.
     pub disabled: bool,
+    /// Whose it is, as people write it.
+    pub name: Option<String>,
+    /// Keys that may serve its tunnels.
+    pub ssh_keys: Vec<AuthorizedKey>,
+    /// Whether its owner made it unasked: nobody knows that the address is theirs, so
+    /// it lets nobody through a gate.
+    pub signed_up: bool,
     /// Fields this version does not know, kept as they came.
     pub extra: Map<String, Value>,
 }
@@ -484,6 +491,14 @@ impl Account {
         head(&mut f, id);
         let (email, password) = (f.required("email"), f.required("password_hash"));
         let disabled = f.take("disabled", false);
+        let (name, ssh_keys): (Option<String>, _) = (f.optional("name"), f.take("ssh_keys", Vec::new()));
+        let signed_up = f.take("signed_up", false);
+        if name.as_ref().is_some_and(|name| name.len() > NAME_MAX || name.chars().any(char::is_control)) {
+            f.mistake("name", "is too long, or no name".into(), format!("write at most {NAME_MAX} bytes of text"));
+        }
+        if ssh_keys.len() > KEYS_MAX {
+            f.mistake("ssh_keys", format!("has {} keys", ssh_keys.len()), format!("write at most {KEYS_MAX}"));
+        }
         if f.has("password") {
             f.mistake("password", "is not stored".into(), "write it by the API, which hashes it".into());
         }
@@ -491,7 +506,7 @@ impl Account {
         let extra = f.rest();
         match (email, password) {
             (Some(email), Some(password)) if mistakes.is_empty() => {
-                Ok(Self { id: id.clone(), email, password, disabled, extra })
+                Ok(Self { id: id.clone(), email, password, disabled, name, ssh_keys, signed_up, extra })
             }
             _ => Err(mistakes),
         }
@@ -507,10 +522,18 @@ impl Account {
                 "email": self.email.as_str(),
                 "password_hash": self.password.as_str(),
                 "disabled": self.disabled,
+                "name": self.name,
+                "ssh_keys": self.ssh_keys.iter().map(|key| key.line.as_str()).collect::<Vec<_>>(),
+                "signed_up": self.signed_up,
             }),
         )
     }
 }
+
+/// Longest name of an account, in bytes.
+const NAME_MAX: usize = 200;
+/// Most keys of an account.
+const KEYS_MAX: usize = 16;
 
 /// The id of the keyring: there is one, `default`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -121,6 +121,9 @@ pub struct Upstream {
     pub tls: UpstreamTls,
 }
 
+/// Longest title or description, in bytes.
+const TEXT_MAX: usize = 1024;
+
 /// A published service.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Socket {
@@ -150,6 +153,10 @@ pub struct Socket {
     /// Whose it is: a visitor who let one socket of an owner see their address is
     /// not asked again for the others. Default: the socket stands alone.
     pub owner: Option<String>,
+    /// What its owner calls it; no visitor sees it.
+    pub title: Option<String>,
+    /// What its owner says of it; the same.
+    pub description: Option<String>,
     /// How visitors are shared among tunnels.
     pub balance: Balance,
     /// How its tunnels are asked whether their origin serves; none: they are not.
@@ -176,6 +183,8 @@ impl Socket {
             proxy_protocol: None,
             gate: None,
             owner: None,
+            title: None,
+            description: None,
             balance: Balance::Nearest,
             check: None,
             created_by: None,
@@ -220,6 +229,14 @@ impl Socket {
         }
         socket.created_by = f.optional("created_by");
         socket.owner = f.optional("owner");
+        socket.title = f.optional("title");
+        socket.description = f.optional("description");
+        for (key, text) in [("title", &socket.title), ("description", &socket.description)] {
+            if text.as_ref().is_some_and(|text| text.len() > TEXT_MAX || text.chars().any(char::is_control)) {
+                let fix = format!("write at most {TEXT_MAX} bytes without control characters");
+                f.mistake(key, "is too long, or no line of text".into(), fix);
+            }
+        }
         if f.has_value("gate") {
             let gate = Gate::read(&mut f.section("gate"));
             gate_fits(&gate, socket.kind, &f);
@@ -279,6 +296,8 @@ impl Socket {
                 "hsts": self.hsts.as_ref().map(Hsts::to_value),
                 "gate": self.gate.as_ref().map(|gate| gate.to_value()),
                 "owner": self.owner,
+                "title": self.title,
+                "description": self.description,
                 "balance": self.balance.as_str(),
                 "check": self.check.as_ref().map(Check::to_value),
                 "created_by": self.created_by,

@@ -24,7 +24,7 @@ const LEAF_LIFETIME: Duration = Duration::days(365);
 /// What runs out sooner than this is made anew at the start.
 const RENEW_BEFORE: Duration = Duration::days(30);
 
-/// The made-up certificate of `domain`, `*.domain` and perhaps one more host.
+/// The made-up certificate of `domain`, `*.domain` and the node's own hosts.
 #[derive(Debug, Clone)]
 pub struct DevTls {
     /// The CA's certificate: what visitors are told to trust.
@@ -42,7 +42,7 @@ impl DevTls {
     ///
     /// # Errors
     /// The folder cannot be written, or nothing can be made.
-    pub fn load_or_make(dir: &Path, domain: &HostName, other: Option<&HostName>) -> io::Result<Self> {
+    pub fn load_or_make(dir: &Path, domain: &HostName, others: &[HostName]) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let at = |name: &str| dir.join(name);
         let (ca, ca_is_new) = match load_ca(&at("ca.pem"), &at("ca.key")) {
@@ -51,7 +51,8 @@ impl DevTls {
         };
         let mut names = vec![domain.to_string(), format!("*.{domain}")];
         let covered = |host: &str| host.split_once('.').is_some_and(|(_, parent)| parent == domain.as_str());
-        names.extend(other.map(HostName::to_string).filter(|other| other != domain.as_str() && !covered(other)));
+        let others = others.iter().map(HostName::to_string);
+        names.extend(others.filter(|other| other != domain.as_str() && !covered(other)));
         let kept = (!ca_is_new).then(|| load_leaf(&at("edge.pem"), &at("edge.key"), &names)).flatten();
         let (chain_pem, key_pem) = match kept {
             Some(kept) => kept,
@@ -154,14 +155,14 @@ mod tests {
     fn ca_and_certificate_are_kept_and_a_new_domain_keeps_the_ca() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("tls");
-        let first = DevTls::load_or_make(&dir, &"edge.localhost".parse().unwrap(), None).unwrap();
-        let again = DevTls::load_or_make(&dir, &"edge.localhost".parse().unwrap(), None).unwrap();
+        let first = DevTls::load_or_make(&dir, &"edge.localhost".parse().unwrap(), &[]).unwrap();
+        let again = DevTls::load_or_make(&dir, &"edge.localhost".parse().unwrap(), &[]).unwrap();
         assert_eq!((&first.chain_pem, &first.key_pem), (&again.chain_pem, &again.key_pem));
         let ca = fs::read_to_string(&first.ca_path).unwrap();
-        let auth = "auth.localhost".parse().unwrap();
-        let with = DevTls::load_or_make(&dir, &"edge.localhost".parse().unwrap(), Some(&auth)).unwrap();
+        let auth = ["auth.localhost".parse().unwrap()];
+        let with = DevTls::load_or_make(&dir, &"edge.localhost".parse().unwrap(), &auth).unwrap();
         assert_eq!(facts(&with.chain_pem).unwrap().0, ["edge.localhost", "*.edge.localhost", "auth.localhost"]);
-        let other = DevTls::load_or_make(&dir, &"b.test".parse().unwrap(), None).unwrap();
+        let other = DevTls::load_or_make(&dir, &"b.test".parse().unwrap(), &[]).unwrap();
         assert_ne!(other.chain_pem, first.chain_pem);
         assert_eq!(fs::read_to_string(&other.ca_path).unwrap(), ca);
         for file in ["ca.key", "edge.key"] {
@@ -174,12 +175,12 @@ mod tests {
     fn a_broken_file_is_made_anew() {
         let dir = tempfile::tempdir().unwrap();
         let domain = "edge.localhost".parse().unwrap();
-        let first = DevTls::load_or_make(dir.path(), &domain, None).unwrap();
+        let first = DevTls::load_or_make(dir.path(), &domain, &[]).unwrap();
         fs::write(dir.path().join("edge.key"), "garbage").unwrap();
-        let second = DevTls::load_or_make(dir.path(), &domain, None).unwrap();
+        let second = DevTls::load_or_make(dir.path(), &domain, &[]).unwrap();
         assert_ne!(first.key_pem, second.key_pem);
         fs::remove_file(dir.path().join("ca.key")).unwrap();
-        let third = DevTls::load_or_make(dir.path(), &domain, None).unwrap();
+        let third = DevTls::load_or_make(dir.path(), &domain, &[]).unwrap();
         assert_ne!(second.chain_pem, third.chain_pem);
     }
 }

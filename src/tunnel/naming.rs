@@ -83,8 +83,14 @@ fn named(text: &str, port: u16) -> Result<Wanted, Refusal> {
     })
 }
 
-/// A name like `twilight-sky-7409` from 8 bytes: stable for the same bytes.
+/// A name like `twilight-sky-740911823004` from 8 bytes: stable for the same bytes.
 pub fn made_up_name(seed: [u8; 8]) -> String {
+    // 10 bits of words and 40 of digits: no two keys of one node meet by chance.
+    made_up_label(seed, 1_000_000_000_000)
+}
+
+/// The same with a number below `numbers`.
+pub fn made_up_label(seed: [u8; 8], numbers: u64) -> String {
     const FIRST: [&str; 32] = [
         "amber", "autumn", "bold", "brisk", "calm", "clear", "cold", "crimson", "dawn", "deep", "dusty", "early",
         "fair", "gentle", "golden", "green", "hidden", "icy", "late", "lively", "misty", "morning", "noble",
@@ -98,8 +104,7 @@ pub fn made_up_name(seed: [u8; 8]) -> String {
     let n = u64::from_be_bytes(seed);
     let word =
         |words: &[&'static str; 32], shift: u32| words.get((n >> shift) as usize % 32).copied().unwrap_or("adit");
-    // 10 bits of words and 40 of digits: no two keys of one node meet by chance.
-    format!("{}-{}-{}", word(&FIRST, 59), word(&SECOND, 54), n % 1_000_000_000_000)
+    format!("{}-{}-{}", word(&FIRST, 59), word(&SECOND, 54), n % numbers.max(1))
 }
 
 #[cfg(test)]

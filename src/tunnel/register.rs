@@ -142,7 +142,8 @@ impl Tunnels {
             _ => None,
         };
         let urls = self.urls.of(&route.socket).join(" ");
-        let mut told = format!("{} is published: {urls}", route.socket.id);
+        let title = route.socket.title.as_deref().unwrap_or(route.socket.id.as_str());
+        let mut told = format!("{title} is published: {urls}");
         for trouble in route.socket.ports.iter().filter_map(|port| (self.port_trouble)(*port)) {
             told.push_str(&format!("\n{trouble}"));
         }

@@ -44,7 +44,7 @@ impl Door {
         let (follower, following) = Follower::new(events, Arc::clone(&routes), certificates, Arc::default());
         tasks.spawn(follower.run(CancellationToken::new()));
         let domain = Some("edge.test".to_owned());
-        let knobs = RecordSettings { ports, domain: Some("edge.test".parse().unwrap()), reserved: None };
+        let knobs = RecordSettings { ports, domain: Some("edge.test".parse().unwrap()), reserved: Vec::new() };
         let parts = Parts {
             routes,
             records: Arc::new(Records::new(Arc::clone(&feed), knobs)),

@@ -25,6 +25,8 @@ mod fleet_feed;
 #[cfg(feature = "etcd")]
 mod fleet_links;
 #[cfg(feature = "etcd")]
+mod fleet_mysocket;
+#[cfg(feature = "etcd")]
 mod fleet_scale;
 #[cfg(feature = "etcd")]
 mod fleet_visits;
@@ -40,6 +42,9 @@ mod harness_itself;
 mod idp_itself;
 mod interop;
 mod limits;
+mod mysocket;
+mod mysocket_clients;
+mod mysocket_go;
 mod network;
 mod operator;
 mod owners;

@@ -1,6 +1,7 @@
 //! Claims as keys: `cfg/host/<name>`, `cfg/port/<port>`,
 //! `cfg/relay/<user>/<port>`, `cfg/email/<address>`, each with who holds it; and the index
-//! `cfg/of/<socket>/<tunnel>` of the tunnels that name a socket. Pure.
+//! `cfg/of/<socket>/<tunnel>` of the tunnels that name a socket, and the index
+//! `cfg/own/<owner>/<socket>` of an owner's sockets. Pure.
 
 use aws_lc_rs::digest;
 use serde_json::{Map, Value};
@@ -38,6 +39,11 @@ impl Claim {
     fn email(email: &str) -> Self {
         let key = format!("cfg/email/{}", escaped(email));
         Self { key, field: "email".into(), what: "this address".into() }
+    }
+
+    fn owned(owner: &str, socket: &str) -> Self {
+        let key = format!("{}{socket}", owner_prefix(owner));
+        Self { key, field: "owner".into(), what: format!("socket \"{socket}\"") }
     }
 
     fn index(socket: &str, tunnel: &str) -> Self {
@@ -104,23 +110,31 @@ pub(super) fn index_prefix(socket: &str) -> String {
     format!("cfg/of/{socket}/")
 }
 
+/// Where the sockets of an owner are listed.
+pub(super) fn owner_prefix(owner: &str) -> String {
+    format!("cfg/own/{}/", escaped(owner))
+}
+
 /// What a socket must have for itself. Names of type tls too: on another port of
 /// the same name browsers would send what they keep for it to somebody else.
 pub(super) fn of_socket(socket: &Socket) -> Vec<Claim> {
     let mut claims = Vec::new();
     claims.extend(socket.hostnames.iter().enumerate().map(|(i, name)| Claim::host(i, name.as_str())));
     claims.extend(socket.ports.iter().enumerate().map(|(i, port)| Claim::port(i, *port)));
+    claims.extend(socket.owner.as_ref().map(|owner| Claim::owned(owner, socket.id.as_str())));
     claims
 }
 
 /// The same of a stored record, as far as it can be read: one that this version
 /// refuses must still release what it has.
-pub(super) fn of_socket_record(value: &str) -> Vec<Claim> {
+pub(super) fn of_socket_record(id: &SocketId, value: &str) -> Vec<Claim> {
     let record: Value = serde_json::from_str(value).unwrap_or_default();
     let mut claims = Vec::new();
     let names = list(&record, "hostnames").iter().filter_map(Value::as_str);
     claims.extend(names.enumerate().map(|(i, name)| Claim::host(i, name)));
     claims.extend(ports_of_record(value).into_iter().enumerate().map(|(i, port)| Claim::port(i, port)));
+    let owner = record.get("owner").and_then(Value::as_str);
+    claims.extend(owner.map(|owner| Claim::owned(owner, id.as_str())));
     claims
 }
 
@@ -202,8 +216,9 @@ mod tests {
     fn a_stored_record_claims_what_its_parsed_form_claims() {
         let mut socket = Socket::new("s".parse().unwrap(), SocketType::Http);
         socket.hostnames = vec!["a.test".parse().unwrap(), "*.b.test".parse().unwrap()];
+        socket.owner = Some("ann/1".into());
         let stored = Value::Object(socket.to_record()).to_string();
-        assert_eq!(of_socket_record(&stored), of_socket(&socket));
+        assert_eq!(of_socket_record(&socket.id, &stored), of_socket(&socket));
         let mut tunnel = Tunnel::new("t".parse().unwrap(), "s".parse().unwrap());
         (tunnel.user, tunnel.relay_port) = (Some("ü/x".into()), Some(80));
         let stored = Value::Object(tunnel.to_record()).to_string();
@@ -213,6 +228,9 @@ mod tests {
         let account = Account::from_record(&"a".parse().unwrap(), record).unwrap();
         let stored = Value::Object(account.to_record()).to_string();
         assert_eq!(of_account_record(&stored), of_account(&account));
-        assert!(of_socket_record("junk").is_empty() && of_tunnel_record(&tunnel.id, &json!([]).to_string()).is_empty());
+        assert!(
+            of_socket_record(&socket.id, "junk").is_empty()
+                && of_tunnel_record(&tunnel.id, &json!([]).to_string()).is_empty()
+        );
     }
 }

@@ -28,9 +28,9 @@ impl Records {
         }
         repeated("hostnames", &socket.hostnames, &mut mistakes);
         for (i, name) in socket.hostnames.iter().enumerate() {
-            if self.settings.reserved.as_ref().is_some_and(|reserved| reserved.as_str() == name.as_str()) {
-                let fix = "choose another name, or another gate.host";
-                mistakes.push(mistake(format!("hostnames[{i}]"), format!("\"{name}\" is where visitors log in"), fix));
+            if self.settings.reserved.iter().any(|reserved| reserved.as_str() == name.as_str()) {
+                let fix = "choose another name, or change gate.host or mysocket.hosts";
+                mistakes.push(mistake(format!("hostnames[{i}]"), format!("\"{name}\" is the node's own"), fix));
             }
         }
         repeated("ports", &socket.ports, &mut mistakes);

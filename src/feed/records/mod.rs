@@ -234,7 +234,7 @@ impl Records {
                 return Err(RecordError::InUse(tunnels));
             }
             let mut txn = Txn::default();
-            let held = claims::of_socket_record(&old.value);
+            let held = claims::of_socket_record(id, &old.value);
             self.hold(&mut txn, &[], &held, &Holder::Socket(id), None).await?;
             erase::<Socket>(&mut txn, id, &old);
             for tunnel in &tunnels {
@@ -332,6 +332,16 @@ impl Records {
         Ok(entries.iter().filter_map(|e| e.key.strip_prefix(&prefix)?.parse().ok()).collect())
     }
 
+    /// The sockets of an owner, by id.
+    ///
+    /// # Errors
+    /// `Read`.
+    pub async fn sockets_of(&self, owner: &str) -> Result<Vec<SocketId>, RecordError> {
+        let prefix = claims::owner_prefix(owner);
+        let (_, entries) = self.feed.list(&prefix).await?;
+        Ok(entries.iter().filter_map(|e| e.key.strip_prefix(&prefix)?.parse().ok()).collect())
+    }
+
     async fn existing<R: Record>(&self, id: &R::Id, condition: Condition) -> Result<Entry, RecordError> {
         let old = self.feed.read(&R::key(id)).await?;
         match condition.check(old.as_ref().map(|e| e.rev)) {
@@ -348,7 +358,7 @@ impl Records {
         old: Option<&Entry>,
         lease: Option<LeaseId>,
     ) -> Result<Vec<Mistake>, RecordError> {
-        let held = old.map(|e| claims::of_socket_record(&e.value)).unwrap_or_default();
+        let held = old.map(|e| claims::of_socket_record(&record.id, &e.value)).unwrap_or_default();
         self.hold(txn, &claims::of_socket(record), &held, &Holder::Socket(&record.id), lease).await
     }
 

@@ -12,12 +12,12 @@ pub struct RecordSettings {
     /// A socket without names is published as `<id>.<domain>`. Default: none,
     /// so that names are always written out.
     pub domain: Option<HostName>,
-    /// The host where visitors log in, which no socket may have. Default: none.
-    pub reserved: Option<HostName>,
+    /// Hosts of the node's own, which no socket may have. Default: none.
+    pub reserved: Vec<HostName>,
 }
 
 impl Default for RecordSettings {
     fn default() -> Self {
-        Self { ports: PortRange { first: 20_000, last: 20_999 }, domain: None, reserved: None }
+        Self { ports: PortRange { first: 20_000, last: 20_999 }, domain: None, reserved: Vec::new() }
     }
 }

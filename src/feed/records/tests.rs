@@ -6,7 +6,8 @@ use crate::model::SocketType;
 
 fn records_with(ports: &str, domain: Option<&str>) -> (Arc<Store>, Records) {
     let store = Store::in_memory(StoreSettings::default()).unwrap();
-    let settings = RecordSettings { ports: range(ports), domain: domain.map(|d| d.parse().unwrap()), reserved: None };
+    let settings =
+        RecordSettings { ports: range(ports), domain: domain.map(|d| d.parse().unwrap()), reserved: Vec::new() };
     (store.clone(), Records::new(store, settings))
 }
 
@@ -253,7 +254,7 @@ async fn a_change_of_type_changes_what_is_claimed() {
 #[tokio::test]
 async fn nobody_gets_the_name_of_the_host_where_visitors_log_in() {
     let store = Store::in_memory(Default::default()).unwrap();
-    let reserved = Some("auth.edge.test".parse().unwrap());
+    let reserved = vec!["auth.edge.test".parse().unwrap()];
     let records = Records::new(store, RecordSettings { reserved, ..RecordSettings::default() });
     for kind in ["http", "https", "passthrough", "tls"] {
         let mut socket = Socket::new("a".parse().unwrap(), kind.parse().unwrap());
