@@ -17,6 +17,9 @@ use adit::node;
 use adit::status;
 use adit::user;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The node ran and then failed.
 const FAILED: u8 = 1;
 /// Arguments or settings are wrong (clap ends with the same code).

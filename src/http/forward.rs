@@ -32,6 +32,7 @@ use super::{Connection, Dial, Http, Protocol, websocket};
 use crate::dial::{Errand, Way};
 use crate::error::{Chain, Error};
 use crate::gate::{self, Pass, Verdict};
+use crate::metrics::held;
 use crate::model::{HostName, SocketType};
 use crate::proxy_protocol::{self, Extras};
 use crate::routes::{Route, Routes};
@@ -337,11 +338,11 @@ impl<D: Dial> Http<D> {
                 if let Some(way) = &way {
                     record.goes(way);
                 }
-                metrics::counter!("adit_origin_requests_total", "connection" => "kept").increment(1);
+                held!(counter: "adit_origin_requests_total", "connection" => "kept").increment(1);
                 return Ok((origin, way));
             }
         }
-        metrics::counter!("adit_origin_requests_total", "connection" => "new").increment(1);
+        held!(counter: "adit_origin_requests_total", "connection" => "new").increment(1);
         let id = record.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
         let errand = Errand { socket: &route.socket.id, visitor: &connection.visitor, id };
         let mut dialed = self.dialer.dial(ways, errand).await?;

@@ -27,7 +27,7 @@ use super::io::OriginIo;
 use super::settings::HttpSettings;
 use crate::error::{Chain, Error};
 use crate::limits::Permit;
-use crate::metrics::Present;
+use crate::metrics::{Present, held};
 use crate::stream::Stream;
 
 /// What must not be sent twice goes over a connection that was used this
@@ -206,7 +206,7 @@ impl Origins {
             return;
         }
         let way = origin.key.way;
-        let present = Present::new(metrics::gauge!("adit_origin_connections_kept"));
+        let present = Present::new(held!(gauge: "adit_origin_connections_kept").clone());
         let mut replaced = None;
         let mut kept = self.kept.entry(way).or_default();
         let full = self.count.load(Ordering::Relaxed) >= self.settings.origin_kept;

@@ -15,7 +15,7 @@ use crate::dial::Way;
 use crate::error::Error;
 use crate::gate;
 use crate::limits::Permit;
-use crate::metrics::Present;
+use crate::metrics::{Present, held};
 use crate::model::{TunnelId, Visitor};
 use crate::routes::Route;
 use crate::visit_log::{self, Far, Legs, Sink, Visit, What};
@@ -183,7 +183,7 @@ impl Record {
             id: None,
             legs: Legs::default(),
             complete: false,
-            _present: Present::new(metrics::gauge!("adit_requests")),
+            _present: Present::new(held!(gauge: "adit_requests").clone()),
         }
     }
 
