@@ -15,6 +15,7 @@ mod idp;
 mod cli;
 mod clients;
 mod conformance;
+mod far;
 mod faults;
 #[cfg(feature = "etcd")]
 mod fleet_chaos;

@@ -132,6 +132,26 @@ impl Net {
             .set("fleet", &format!("advertise = {addresses:?}"))
     }
 
+    /// The namespace of a place.
+    pub fn place(&self, place: usize) -> String {
+        format!("{}{place}", self.name)
+    }
+
+    /// What starts a program there.
+    pub fn under(&self, place: usize) -> [String; 4] {
+        ["ip".into(), "netns".into(), "exec".into(), self.place(place)]
+    }
+
+    /// A place's address on its link to another one.
+    pub fn at(&self, place: usize, to: usize) -> IpAddr {
+        Self::link_address(place, to)
+    }
+
+    /// The congestion control of what begins at a place from now on.
+    pub fn congestion(&self, place: usize, name: &str) {
+        ip(&format!("netns exec {} sysctl -qw net.ipv4.tcp_congestion_control={name}", self.place(place))).unwrap();
+    }
+
     async fn tell(&mut self, word: &str, (a, b): (usize, usize), rest: &str) {
         self.links.tell(&format!("{word} {}-{} {rest}", a.min(b), a.max(b)));
         self.asked += 1;
