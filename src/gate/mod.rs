@@ -444,7 +444,8 @@ impl Gates {
         if let Some(basic) = &gate.basic
             && let Some((name, password)) = credentials(asked.headers)
         {
-            return self.by_password(asked, route, gate, basic, &rules, (name, password)).await;
+            let by_password = self.by_password(asked, route, gate, basic, &rules, (name, password));
+            return Box::pin(by_password).await;
         }
         if let Some(oidc) = &gate.oidc {
             return self.by_session(asked, route, gate, oidc, &rules, now);

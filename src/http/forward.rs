@@ -188,7 +188,8 @@ impl<D: Dial> Http<D> {
                 return Ok(answer::redirect(asker, &host, self.settings.public_https_port, &target.to_string()).into());
             }
             parts.uri = target;
-            return Ok(answer::gate(asker, own.answer(parts, upload, record.visitor.ip()).await?).into());
+            let answered = Box::pin(own.answer(parts, upload, record.visitor.ip()));
+            return Ok(answer::gate(asker, answered.await?).into());
         }
         let gate = gate::Asked {
             route: route.as_ref(),
@@ -204,7 +205,11 @@ impl<D: Dial> Http<D> {
             id: asker.id,
         };
         let verdict = match self.gates.is_ours(&gate) {
-            true => self.gates.serve(&gate, &form(&parts.method, &mut upload).await?).await,
+            // Boxed, as all that is rare: a request's state is moved about as a whole.
+            true => {
+                let form = Box::pin(form(&parts.method, &mut upload)).await?;
+                Box::pin(self.gates.serve(&gate, &form)).await
+            }
             false => self.gates.admit(&gate).await,
         };
         let pass = match verdict {
@@ -257,10 +262,9 @@ impl<D: Dial> Http<D> {
         let http2 = route.socket.upstream.http2;
         self.hear_interim(&mut request, parts.version, http2, &connection.pulse);
 
-        let forwarded = self.forward(connection, &route, &host, request, wanted, record);
         tokio::select! {
             biased;
-            forwarded = forwarded => forwarded,
+            forwarded = self.forward(connection, &route, &host, request, wanted, record) => forwarded,
             () = poll_fn(|cx| pass.held.poll_cut(cx)) => Err(Error::GateClosed),
         }
     }
@@ -343,6 +347,18 @@ impl<D: Dial> Http<D> {
             }
         }
         held!(counter: "adit_origin_requests_total", "connection" => "new").increment(1);
+        let (origin, way) = Box::pin(self.dial(connection, route, (ways, key), record)).await?;
+        Ok((origin, Some(way)))
+    }
+
+    /// A new connection to the origin, by the first of these ways that leads there.
+    async fn dial(
+        &self,
+        connection: &Connection,
+        route: &Route,
+        (ways, key): (Vec<D::Way>, Key),
+        record: &mut Record,
+    ) -> Result<(Origin, D::Way), Error> {
         let id = record.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
         let errand = Errand { socket: &route.socket.id, visitor: &connection.visitor, id };
         let mut dialed = self.dialer.dial(ways, errand).await?;
@@ -359,13 +375,13 @@ impl<D: Dial> Http<D> {
         record.legs.tunnel = dialed.took;
         let key = Key { way: dialed.way.id(), ..key };
         let (stream, http2) = match &key.tls {
-            Some((name, _)) => self.origin_tls.connect(dialed.stream, &route.socket, name.clone(), http2).await?,
+            Some((name, _)) => self.origin_tls.connect(dialed.stream, &route.socket, name.clone(), key.http2).await?,
             // By prior knowledge (RFC 9113 §3.3).
-            None => (dialed.stream, http2),
+            None => (dialed.stream, key.http2),
         };
         let private = route.socket.proxy_protocol.is_some();
         let origin = self.origins.handshake(stream, key, http2, private).await?;
-        Ok((origin, Some(dialed.way)))
+        Ok((origin, dialed.way))
     }
 
     /// Sends the request, twice where the first connection ended under it and
@@ -398,8 +414,14 @@ impl<D: Dial> Http<D> {
                 let request = unsent.map(|unsent| *unsent).or(again).filter(|_| ended).ok_or(error)?;
                 drop(origin);
                 metrics::counter!("adit_origin_retries_total").increment(1);
-                (origin, _) = self.connect(connection, route, host, (By::Dialing, http2), record).await?;
-                self.send(&mut origin, request, &record.tally, None).await.map_err(|(error, _)| error)?
+                let again = async {
+                    let (mut origin, _) = self.connect(connection, route, host, (By::Dialing, http2), record).await?;
+                    let sent = self.send(&mut origin, request, &record.tally, None).await;
+                    sent.map(|response| (origin, response)).map_err(|(error, _)| error)
+                };
+                let response;
+                (origin, response) = Box::pin(again).await?;
+                response
             }
         };
         record.answered();
@@ -477,15 +499,13 @@ impl<D: Dial> Http<D> {
             None => self.settings.first_byte,
         };
         let (http2, reused) = (origin.is_http2(), origin.reused());
-        let answered = origin.send(request);
-        let mut answered = std::pin::pin!(answered);
-        let lost = async {
+        let mut answered = std::pin::pin!(origin.send(request));
+        let mut lost = std::pin::pin!(async {
             match way {
                 Some(way) => way.lost().await,
                 None => std::future::pending().await,
             }
-        };
-        let mut lost = std::pin::pin!(lost);
+        });
         loop {
             let now = Instant::now();
             let (wait, late) = match tally.visitor_owes() {
