@@ -147,6 +147,7 @@ async fn run(options: Options, systems: &[System]) -> Report {
         }
         println!("{}", report.table(workload));
     }
+    println!("\n{}", report.summary(&bench.options.workloads()));
     if let Some(path) = &bench.options.json {
         match std::fs::write(path, report.json()) {
             Ok(()) => println!("written: {}", path.display()),

@@ -9,6 +9,9 @@ use crate::options::Options;
 use crate::system::System;
 use crate::workload::{Figure, Sample, Workload};
 
+/// The system under test.
+const ADIT: &str = "adit";
+
 /// All samples so far.
 pub struct Report {
     systems: Vec<String>,
@@ -118,6 +121,34 @@ impl Report {
         for cell in self.cells.iter().filter(|c| c.workload == workload && !c.refused.is_empty()) {
             let (failed, all) = (cell.refused.len(), cell.refused.len() + cell.samples.len());
             text += &format!("  {}: NO FIGURE, {failed} of {all} runs failed: {}\n", cell.system, cell.refused[0]);
+        }
+        text
+    }
+
+    /// All that systems are compared by, as docs/speed.md has it: medians, least to most.
+    pub fn summary(&self, workloads: &[Workload]) -> String {
+        let mut text =
+            "| workload | figure | adit | others | adit to the best peer |\n|---|---|---|---|---|\n".to_owned();
+        for workload in workloads {
+            for figure in self.figures(*workload).into_iter().filter(|figure| figure.cost) {
+                let spread = |name: &str| self.cell(*workload, name)?.spread(figure);
+                let told = |s: Spread| format!("{} ({} - {})", number(s.median), number(s.min), number(s.max));
+                let others = self.systems.iter().filter(|name| *name != ADIT);
+                let others: Vec<String> =
+                    others.filter_map(|name| Some(format!("{name} {}", told(spread(name)?)))).collect();
+                let ratio = spread(ADIT)
+                    .and_then(|own| self.ratio(*workload, figure, &own, self.best_peer(*workload, figure)?))
+                    .map(|ratio| format!("{ratio:.2}"));
+                text += &format!(
+                    "| `{}` | {}, {} | {} | {} | {} |\n",
+                    workload.name(),
+                    figure.name,
+                    figure.unit,
+                    spread(ADIT).map(told).unwrap_or_default(),
+                    others.join("; "),
+                    ratio.unwrap_or_default(),
+                );
+            }
         }
         text
     }

@@ -217,6 +217,7 @@ impl Server {
     pub async fn tunnel(&self, bench: &Bench, way: Way) -> Outcome<Tunnel> {
         let mut login = Login::new(SSH, self.key(), &bench.options.cipher);
         login.forward = self.forward(bench, way);
+        login.terminal = self.kind == Kind::Direct;
         let program = Program::start("ssh", login.command(), self.dir.path())?;
         let mut tunnel = Tunnel { program, visitors: FORWARD, http2: false };
         let serves = async {
@@ -342,16 +343,20 @@ struct Login {
     cipher: String,
     /// -R or -L, and what follows it.
     forward: [String; 2],
+    /// Whether it has a terminal there, without which OpenSSH lets small packets wait for
+    /// acknowledgements (Nagle), at both ends.
+    terminal: bool,
 }
 
 impl Login {
     fn new(server: SocketAddr, key: PathBuf, cipher: &str) -> Self {
-        Self { server, key, cipher: cipher.to_owned(), forward: Default::default() }
+        Self { server, key, cipher: cipher.to_owned(), forward: Default::default(), terminal: false }
     }
 
     fn command(&self) -> Command {
         let mut command = Command::new("ssh");
-        command.args(["-N", "-F", "none", "-c", &self.cipher, "-l", "root"]).args(&self.forward);
+        command.arg(if self.terminal { "-tt" } else { "-N" });
+        command.args(["-F", "none", "-c", &self.cipher, "-l", "root"]).args(&self.forward);
         command.args(["-p", &self.server.port().to_string(), "-i"]).arg(&self.key);
         for option in [
             "UserKnownHostsFile=/dev/null",
@@ -367,6 +372,9 @@ impl Login {
             command.args(["-o", option]);
         }
         command.arg(self.server.ip().to_string());
+        if self.terminal {
+            command.arg("sleep 86400");
+        }
         command
     }
 }

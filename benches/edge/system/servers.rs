@@ -127,7 +127,7 @@ pub(super) fn nginx(dir: &Path, tls: &Tls) -> Outcome<Command> {
 pub(super) fn haproxy(dir: &Path, from: SocketAddr, to: SocketAddr, splice: bool) -> Outcome<Command> {
     let how = if splice { "option splice-auto" } else { "no option splice-auto" };
     let settings = format!(
-        "global\n  maxconn 10000\n  nbthread 2\n\
+        "global\n  maxconn 2000\n  nbthread 2\n\
          defaults\n  mode tcp\n  {how}\n  timeout connect 5s\n  timeout client 1h\n  timeout server 1h\n\
          listen relay\n  bind {from}\n  server node {to}\n"
     );
