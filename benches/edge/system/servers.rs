@@ -123,12 +123,13 @@ pub(super) fn nginx(dir: &Path, tls: &Tls) -> Outcome<Command> {
     Ok(command)
 }
 
-/// From there to there, by splice or by copying.
+/// From there to there, by splice, with pipes as large as adit's, or by copying. Not
+/// splice-auto, which copies here.
 pub(super) fn haproxy(dir: &Path, from: SocketAddr, to: SocketAddr, splice: bool) -> Outcome<Command> {
-    let how = if splice { "option splice-auto" } else { "no option splice-auto" };
+    let how = if splice { "option splice-request\n  option splice-response\n" } else { "" };
     let settings = format!(
-        "global\n  maxconn 2000\n  nbthread 2\n\
-         defaults\n  mode tcp\n  {how}\n  timeout connect 5s\n  timeout client 1h\n  timeout server 1h\n\
+        "global\n  maxconn 2000\n  nbthread 2\n  tune.pipesize 262144\n\
+         defaults\n  mode tcp\n  {how}  timeout connect 5s\n  timeout client 1h\n  timeout server 1h\n\
          listen relay\n  bind {from}\n  server node {to}\n"
     );
     let config = dir.join("haproxy.cfg");
