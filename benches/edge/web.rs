@@ -64,16 +64,17 @@ impl Tls {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.resumption = Resumption::disabled();
-        let speaks = |protocol: &[u8]| {
+        let speaks = |protocols: &[&[u8]]| {
             let mut config = config.clone();
-            config.alpn_protocols = vec![protocol.to_vec()];
+            config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
             Arc::new(config)
         };
         Ok(Self {
             chain: made.cert.pem(),
             key: made.signing_key.serialize_pem(),
-            http1: speaks(b"http/1.1"),
-            http2: speaks(b"h2"),
+            http1: speaks(&[b"http/1.1"]),
+            // As browsers do: there are servers that end the handshake otherwise.
+            http2: speaks(&[b"h2", b"http/1.1"]),
         })
     }
 
