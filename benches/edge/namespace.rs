@@ -8,10 +8,11 @@ use tokio::signal::unix::{SignalKind, signal};
 
 const INSIDE: &str = "ADIT_EDGE_INSIDE";
 
-/// As root, in the new namespaces. /run becomes a folder in memory for all that
+/// As root, in the new namespaces: 10,000 visitors want as many descriptors, where they
+/// may be had. /run becomes a folder in memory for all that
 /// the servers write; sshd wants an empty one of its own there.
 const PREPARE: &str = "set -e
-ulimit -n \"$(ulimit -Hn)\"
+ulimit -n 200000 2>/dev/null || ulimit -n \"$(ulimit -Hn)\"
 mount -t tmpfs edge /run
 mkdir -m 755 /run/sshd
 ip link set lo up

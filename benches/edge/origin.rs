@@ -1,14 +1,22 @@
-//! The origin: a thread that does what each visitor's order says. An order is a
-//! letter and a number of 8 bytes.
+//! The origins: a thread that does what each visitor's order says (a letter and a
+//! number of 8 bytes), and serves the web: `GET /bytes/N`, `POST /check`.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use http_body_util::{Either, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::Outcome;
 use crate::pattern::{CHUNK, Pattern};
+use crate::web::{Sent, came, verdict};
 
 /// What a visitor wants of the origin.
 #[derive(Debug, Clone, Copy)]
@@ -48,26 +56,64 @@ impl Order {
     }
 }
 
-/// Starts it; it ends with the process.
-pub fn start() -> SocketAddr {
+/// Where they are reached.
+#[derive(Debug, Clone, Copy)]
+pub struct Origins {
+    pub orders: SocketAddr,
+    /// HTTP/1.1.
+    pub web: SocketAddr,
+}
+
+/// Starts them; they end with the process.
+pub fn start() -> Origins {
     let (tell, told) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async move {
-            let listener = TcpListener::bind("127.0.0.1:6000").await.unwrap();
-            tell.send(listener.local_addr().unwrap()).unwrap();
-            loop {
-                let Ok((tcp, _)) = listener.accept().await else { continue };
-                // Who breaks off, knows; wrong bytes are told in the answer.
-                tokio::spawn(async move { serve(tcp).await.ok() });
-            }
+            let orders = TcpListener::bind("127.0.0.1:6000").await.unwrap();
+            let web = TcpListener::bind("127.0.0.1:6001").await.unwrap();
+            let [a, b] = [&orders, &web].map(|listener| listener.local_addr().unwrap());
+            tell.send(Origins { orders: a, web: b }).unwrap();
+            // Who breaks off, knows; wrong bytes are told in the answer.
+            tokio::join!(
+                each(orders, |tcp| async { serve(tcp).await.ok() }),
+                each(web, |tcp| async {
+                    http1::Builder::new().serve_connection(TokioIo::new(tcp), service_fn(answer)).await.ok()
+                }),
+            )
         })
     });
     told.recv().unwrap()
 }
 
+async fn each<F>(listener: TcpListener, visit: impl Fn(TcpStream) -> F)
+where
+    F: Future<Output = Option<()>> + Send + 'static,
+{
+    loop {
+        let Ok((tcp, _)) = listener.accept().await else { continue };
+        if tcp.set_nodelay(true).is_ok() {
+            tokio::spawn(visit(tcp));
+        }
+    }
+}
+
+async fn answer(request: Request<Incoming>) -> Result<Response<Either<Sent, Full<Bytes>>>, Infallible> {
+    let wanted = request.uri().path().strip_prefix("/bytes/").and_then(|wanted| wanted.parse().ok());
+    let (status, body) = match (request.method(), wanted) {
+        (&Method::GET, Some(bytes)) => (StatusCode::OK, Either::Left(Sent::new(bytes))),
+        (&Method::POST, None) => match came(request.into_body(), u64::MAX).await {
+            Ok((bytes, right)) => (StatusCode::OK, Either::Right(Full::from(verdict(bytes, right)))),
+            Err(why) => (StatusCode::BAD_REQUEST, Either::Right(Full::from(why.to_string()))),
+        },
+        _ => (StatusCode::NOT_FOUND, Either::Right(Full::default())),
+    };
+    let mut answer = Response::new(body);
+    *answer.status_mut() = status;
+    Ok(answer)
+}
+
 async fn serve(mut tcp: TcpStream) -> Outcome<()> {
-    tcp.set_nodelay(true)?;
     let mut sent = Pattern::default();
     while let Ok(letter) = tcp.read_u8().await {
         match Order::read(letter, tcp.read_u64().await?)? {

@@ -9,12 +9,16 @@ use crate::options::Options;
 use crate::system::System;
 use crate::workload::{Figure, Sample, Workload};
 
+/// The system under test.
+const ADIT: &str = "adit";
+
 /// All samples so far.
 pub struct Report {
     systems: Vec<String>,
     versions: Vec<String>,
-    /// Whose figures others are divided by.
-    references: Vec<String>,
+    peers: Vec<String>,
+    /// Whose figures others are divided by, besides the best peer's.
+    baseline: Option<String>,
     settings: Value,
     cells: Vec<Cell>,
 }
@@ -31,29 +35,28 @@ impl Report {
     /// An empty one.
     pub fn new(options: &Options, systems: &[System]) -> Self {
         let names: Vec<String> = systems.iter().map(|s| s.name.clone()).collect();
-        let mut references = vec!["sshd".to_owned()];
-        references.extend(options.baseline.clone());
-        references.dedup();
-        references.retain(|name| names.contains(name));
+        let peers = systems.iter().filter(|s| s.is_peer()).map(|s| s.name.clone()).collect();
         let settings = json!({
             "machine": machine(),
             "congestion": namespace::congestion(),
             "cipher": options.cipher,
+            "tls": "1.3, AES-256-GCM, X25519, P-256",
             "rounds": options.rounds,
             "window_ms": options.window().as_millis() as u64,
         });
         let versions = systems.iter().map(System::version).collect();
-        Self { systems: names, versions, references, settings, cells: Vec::new() }
+        Self { systems: names, versions, peers, baseline: options.baseline.clone(), settings, cells: Vec::new() }
     }
 
     /// What was compared, where and how.
     pub fn head(&self) -> String {
         let text = |key: &str| self.settings[key].to_string().trim_matches('"').to_owned();
         let mut head = format!(
-            "{}; TCP congestion control {} (private network namespace); cipher {}\n",
+            "{}; TCP congestion control {} (private network namespace); SSH {}; TLS {}\n",
             text("machine"),
             text("congestion"),
-            text("cipher")
+            text("cipher"),
+            text("tls"),
         );
         for (name, version) in self.systems.iter().zip(&self.versions) {
             head += &format!("  {name}: {version}\n");
@@ -86,14 +89,9 @@ impl Report {
 
     /// One workload: median, least to most, and ratios.
     pub fn table(&self, workload: Workload) -> String {
-        let ratios: Vec<String> = self.references.iter().map(|name| format!("x {name}")).collect();
-        let mut lines = vec![
-            ["figure", "system", "median", "min - max"]
-                .map(str::to_owned)
-                .into_iter()
-                .chain(ratios)
-                .collect::<Vec<_>>(),
-        ];
+        let mut head = ["figure", "system", "median", "min - max", "x best peer"].map(str::to_owned).to_vec();
+        head.extend(self.baseline.iter().map(|name| format!("x {name}")));
+        let mut lines = vec![head];
         for figure in self.figures(workload) {
             for system in &self.systems {
                 let Some(spread) = self.cell(workload, system).and_then(|c| c.spread(figure)) else { continue };
@@ -103,11 +101,16 @@ impl Report {
                     number(spread.median),
                     format!("{} - {}", number(spread.min), number(spread.max)),
                 ];
-                for reference in &self.references {
-                    let of = self.cell(workload, reference).and_then(|c| c.spread(figure));
-                    let ratio = of.filter(|_| figure.cost).map(|of| format!("{:.2}", spread.ratio_to(&of)));
-                    line.push(ratio.unwrap_or_default());
-                }
+                let references = [self.best_peer(workload, figure), self.baseline.as_deref()];
+                line.extend(
+                    references
+                        .map(|reference| {
+                            let ratio = self.ratio(workload, figure, &spread, reference?);
+                            ratio.map(|ratio| format!("{ratio:.2}"))
+                        })
+                        .map(Option::unwrap_or_default),
+                );
+                line.truncate(lines[0].len());
                 lines.push(line);
             }
         }
@@ -120,6 +123,47 @@ impl Report {
             text += &format!("  {}: NO FIGURE, {failed} of {all} runs failed: {}\n", cell.system, cell.refused[0]);
         }
         text
+    }
+
+    /// All that systems are compared by, as docs/speed.md has it: medians, least to most.
+    pub fn summary(&self, workloads: &[Workload]) -> String {
+        let mut text =
+            "| workload | figure | adit | others | adit to the best peer |\n|---|---|---|---|---|\n".to_owned();
+        for workload in workloads {
+            for figure in self.figures(*workload).into_iter().filter(|figure| figure.cost) {
+                let spread = |name: &str| self.cell(*workload, name)?.spread(figure);
+                let told = |s: Spread| format!("{} ({} - {})", number(s.median), number(s.min), number(s.max));
+                let others = self.systems.iter().filter(|name| *name != ADIT);
+                let others: Vec<String> =
+                    others.filter_map(|name| Some(format!("{name} {}", told(spread(name)?)))).collect();
+                let ratio = spread(ADIT)
+                    .and_then(|own| self.ratio(*workload, figure, &own, self.best_peer(*workload, figure)?))
+                    .map(|ratio| format!("{ratio:.2}"));
+                text += &format!(
+                    "| `{}` | {}, {} | {} | {} | {} |\n",
+                    workload.name(),
+                    figure.name,
+                    figure.unit,
+                    spread(ADIT).map(told).unwrap_or_default(),
+                    others.join("; "),
+                    ratio.unwrap_or_default(),
+                );
+            }
+        }
+        text
+    }
+
+    /// The peer with the least of it.
+    fn best_peer(&self, workload: Workload, figure: Figure) -> Option<&str> {
+        let median = |name: &str| Some(self.cell(workload, name)?.spread(figure)?.median);
+        let peers = self.peers.iter().filter_map(|name| Some((name.as_str(), median(name)?)));
+        peers.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(name, _)| name)
+    }
+
+    /// None of what is only told, and where the other has no figure.
+    fn ratio(&self, workload: Workload, figure: Figure, spread: &Spread, to: &str) -> Option<f64> {
+        let other = self.cell(workload, to)?.spread(figure).filter(|_| figure.cost)?;
+        Some(spread.ratio_to(&other))
     }
 
     /// The figures of a workload, as any system has them.
@@ -147,17 +191,13 @@ impl Report {
             .into_iter()
             .filter_map(|figure| {
                 let spread = cell.spread(figure)?;
-                let ratios: serde_json::Map<String, Value> = self
-                    .references
-                    .iter()
-                    .filter_map(|name| {
-                        let of = self.cell(cell.workload, name)?.spread(figure).filter(|_| figure.cost)?;
-                        Some((name.clone(), json!(spread.ratio_to(&of))))
-                    })
-                    .collect();
+                let best = self.best_peer(cell.workload, figure);
+                let ratio = |to: Option<&str>| self.ratio(cell.workload, figure, &spread, to?);
                 Some(json!({
                     "name": figure.name, "unit": figure.unit, "median": spread.median, "min": spread.min,
-                    "max": spread.max, "samples": spread.samples, "ratio_to": ratios,
+                    "max": spread.max, "samples": spread.samples,
+                    "best_peer": best, "ratio_to_best_peer": ratio(best),
+                    "ratio_to_baseline": ratio(self.baseline.as_deref()),
                 }))
             })
             .collect();

@@ -39,6 +39,12 @@ pub struct Memory {
     pub own: u64,
 }
 
+impl std::iter::Sum for Memory {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self { rss: 0, own: 0 }, |sum, one| Self { rss: sum.rss + one.rss, own: sum.own + one.own })
+    }
+}
+
 /// The memory of a process tree now.
 pub fn memory(root: u32) -> Memory {
     let mut sum = Memory { rss: 0, own: 0 };

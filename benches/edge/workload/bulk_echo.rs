@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Sample, cost, quantile, told};
-use crate::system::Server;
+use crate::system::{Server, Way};
 use crate::visitor::{self, Pace, Tally};
 use crate::{Bench, Outcome};
 
@@ -16,7 +16,7 @@ const RUN_UP: Duration = Duration::from_millis(500);
 const PACED: Pace = Pace::Of(100_000_000);
 
 pub async fn echo_beside_bulk(bench: &Bench, server: &Server) -> Outcome<Sample> {
-    let mut tunnel = server.tunnel(bench).await?;
+    let mut tunnel = server.tunnel(bench, Way::Orders).await?;
     let (addr, window) = (tunnel.visitors, bench.options.window());
     let listen = async || visitor::echo(addr, Instant::now() + window, Tally::default()).await;
     let until = || Instant::now() + RUN_UP + window;

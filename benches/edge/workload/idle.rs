@@ -7,8 +7,9 @@ use tokio::io::AsyncWriteExt;
 use super::{Sample, cost};
 use crate::light::{Light, Lights};
 use crate::origin::Order;
-use crate::system::Server;
+use crate::system::{Server, Way};
 use crate::usage::Memory;
+use crate::web::{SMALL, Site, Visit};
 use crate::{Bench, Outcome, visitor, within};
 
 /// What makes a server warm: buffers, caches and code that it keeps anyway.
@@ -24,7 +25,7 @@ const QUIET: Duration = Duration::from_secs(3);
 const QUIET_TUNNELS: Duration = Duration::from_secs(12);
 
 pub async fn channels(bench: &Bench, server: &Server, count: usize) -> Outcome<Sample> {
-    let mut tunnel = server.tunnel(bench).await?;
+    let mut tunnel = server.tunnel(bench, Way::Orders).await?;
     let mut open = Vec::new();
     let mut warm = None;
     for n in 0..WARM + count {
@@ -45,6 +46,34 @@ pub async fn channels(bench: &Bench, server: &Server, count: usize) -> Outcome<S
     }
     tunnel.runs()?;
     Ok(growth(warm.ok_or("no visitors")?, full, count, "KiB/channel"))
+}
+
+/// Visitors over TLS, each with a request that was answered, on connections that stay.
+pub async fn visitors(bench: &Bench, server: &Server, count: usize) -> Outcome<Sample> {
+    let mut tunnel = server.tunnel(bench, Way::Https).await?;
+    let site = bench.site(Way::Https, tunnel.visitors, server);
+    let mut open = come(&site, WARM).await?;
+    tokio::time::sleep(QUIET).await;
+    let warm = server.memory();
+    open.extend(come(&site, count).await?);
+    tokio::time::sleep(QUIET).await;
+    let full = server.memory();
+    // All are still there.
+    for visit in &mut open {
+        visit.get(SMALL).await?;
+    }
+    tunnel.runs()?;
+    Ok(growth(warm, full, count, "KiB/visitor"))
+}
+
+async fn come(site: &Site, count: usize) -> Outcome<Vec<Visit>> {
+    let mut open = Vec::new();
+    for _ in 0..count {
+        let mut visit = site.http1().await?;
+        visit.get(SMALL).await?;
+        open.push(visit);
+    }
+    Ok(open)
 }
 
 pub async fn tunnels(bench: &Bench, server: &Server) -> Outcome<Sample> {

@@ -14,7 +14,7 @@ use super::{Figure, Sample, told};
 use crate::options::Options;
 use crate::origin::Order;
 use crate::pattern::Pattern;
-use crate::system::{Server, Tunnel};
+use crate::system::{Server, Tunnel, Way};
 use crate::usage::Share;
 use crate::visitor::{self, Pace, Tally};
 use crate::{Bench, Outcome, within};
@@ -47,7 +47,7 @@ pub fn length(options: &Options) -> Duration {
 }
 
 pub async fn stopped_visitors(bench: &Bench, server: &Server) -> Outcome<Sample> {
-    let mut tunnel = server.tunnel(bench).await?;
+    let mut tunnel = server.tunnel(bench, Way::Orders).await?;
     let [before, during, after] = phases(&bench.options);
     let quiet = quiet(tunnel.visitors).await?;
     let mut busy = Busy::start(tunnel.visitors, Instant::now() + length(&bench.options));

@@ -3,44 +3,23 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinSet;
-
-use super::{Sample, cost, quantile, told};
-use crate::system::Server;
+use super::{Done, Sample, cost, quantile, together, told};
+use crate::system::{Server, Way};
 use crate::visitor::{self, Pace, Tally};
 use crate::{Bench, Outcome};
 
-/// What all of them did, and what it took.
-struct Done<T> {
-    each: Vec<T>,
-    cpu: Duration,
-    time: Duration,
-}
-
 pub async fn downloads(bench: &Bench, server: &Server, streams: usize) -> Outcome<Sample> {
-    let done =
-        together(bench, server, streams, |addr, until| visitor::download(addr, until, Pace::Full, Tally::default()))
-            .await?;
-    bulk(&done)
+    let each = |addr, until| visitor::download(addr, until, Pace::Full, Tally::default());
+    Ok(through(bench, server, streams, each).await?.per_gigabyte())
 }
 
 pub async fn uploads(bench: &Bench, server: &Server, streams: usize) -> Outcome<Sample> {
-    let done =
-        together(bench, server, streams, |addr, until| visitor::upload(addr, until, Pace::Full, Tally::default()))
-            .await?;
-    bulk(&done)
-}
-
-fn bulk(done: &Done<u64>) -> Outcome<Sample> {
-    let bytes = done.each.iter().sum::<u64>() as f64;
-    Ok(vec![
-        cost("CPU", "s/GB", done.cpu.as_secs_f64() / (bytes / 1e9)),
-        told("rate", "MB/s", bytes / 1e6 / done.time.as_secs_f64()),
-    ])
+    let each = |addr, until| visitor::upload(addr, until, Pace::Full, Tally::default());
+    Ok(through(bench, server, streams, each).await?.per_gigabyte())
 }
 
 pub async fn echoes(bench: &Bench, server: &Server, visitors: usize) -> Outcome<Sample> {
-    let done = together(bench, server, visitors, |addr, until| visitor::echo(addr, until, Tally::default())).await?;
+    let done = through(bench, server, visitors, |addr, until| visitor::echo(addr, until, Tally::default())).await?;
     let mut times = done.each.concat();
     let trips = times.len() as f64;
     Ok(vec![
@@ -52,7 +31,7 @@ pub async fn echoes(bench: &Bench, server: &Server, visitors: usize) -> Outcome<
 }
 
 pub async fn connections(bench: &Bench, server: &Server, visitors: usize) -> Outcome<Sample> {
-    let done = together(bench, server, visitors, come_and_go).await?;
+    let done = through(bench, server, visitors, come_and_go).await?;
     let mut times = done.each.concat();
     let visits = times.len() as f64;
     Ok(vec![
@@ -75,7 +54,7 @@ async fn come_and_go(addr: SocketAddr, until: Instant) -> Outcome<Vec<Duration>>
     Ok(times)
 }
 
-async fn together<T, F>(
+async fn through<T, F>(
     bench: &Bench,
     server: &Server,
     visitors: usize,
@@ -85,17 +64,8 @@ where
     T: Send + 'static,
     F: Future<Output = Outcome<T>> + Send + 'static,
 {
-    let mut tunnel = server.tunnel(bench).await?;
-    let (before, begun) = (server.cpu(), Instant::now());
-    let mut all = JoinSet::new();
-    for _ in 0..visitors {
-        all.spawn(visit(tunnel.visitors, begun + bench.options.window()));
-    }
-    let mut each = Vec::new();
-    while let Some(done) = all.join_next().await {
-        each.push(done??);
-    }
-    let (cpu, time) = (server.cpu() - before, begun.elapsed());
+    let mut tunnel = server.tunnel(bench, Way::Orders).await?;
+    let done = together(bench, server, vec![tunnel.visitors; visitors], visit).await?;
     tunnel.runs()?;
-    Ok(Done { each, cpu, time })
+    Ok(done)
 }
