@@ -224,23 +224,28 @@ impl Server {
             loop {
                 tunnel.program.runs()?;
                 if let Some(visitors) = self.visitors(way).await {
-                    let site = bench.site(way, visitors, self);
                     let met = match way {
                         Way::Orders => visitor::greet(visitors).await,
-                        _ => site.greet(way == Way::Http2).await,
+                        Way::Http2 => bench.site(Way::Https, visitors, self).greet(false).await,
+                        _ => bench.site(way, visitors, self).greet(false).await,
                     };
-                    match met {
-                        Ok(()) => return Ok((visitors, way == Way::Http2)),
-                        Err(why) if why.is::<NoHttp2>() => return Ok((visitors, false)),
-                        Err(_) => {}
+                    if met.is_ok() {
+                        return Ok(visitors);
                     }
                 }
                 pause().await;
             }
         };
-        (tunnel.visitors, tunnel.http2) = within(START, "the tunnel", serves).await?;
+        tunnel.visitors = within(START, "the tunnel", serves).await?;
         // What the login left to do is not the workload's.
         tokio::time::sleep(Duration::from_millis(200)).await;
+        if way == Way::Http2 {
+            tunnel.http2 = match bench.site(way, tunnel.visitors, self).greet(true).await {
+                Ok(()) => true,
+                Err(why) if why.is::<NoHttp2>() => false,
+                Err(why) => return Err(why),
+            };
+        }
         Ok(tunnel)
     }
 
