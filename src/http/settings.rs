@@ -120,7 +120,7 @@ impl Default for HttpSettings {
             origin_tls: Duration::from_secs(10),
             origin_idle: Duration::from_secs(4),
             origin_age: Duration::from_secs(600),
-            origin_kept_per_tunnel: 32,
+            origin_kept_per_tunnel: 128,
             origin_kept: 10_000,
             origin_h2_idle: Duration::from_secs(60),
             origin_h2_streams: 64,

@@ -41,7 +41,17 @@ async fn speeds(all: Vec<TcpStream>) -> Vec<f64> {
 /// What iperf3 says that plain TCP reaches from there to here, in bytes per second.
 async fn plain_tcp(net: &Net) -> f64 {
     let mut server = Command::new("ip");
-    server.args(["netns", "exec", &net.place(0), "iperf3", "--forceflush", "-s", "-1", "-B", &net.at(0, 1).to_string()]);
+    server.args([
+        "netns",
+        "exec",
+        &net.place(0),
+        "iperf3",
+        "--forceflush",
+        "-s",
+        "-1",
+        "-B",
+        &net.at(0, 1).to_string(),
+    ]);
     let server = Program::start("iperf3 -s", server);
     server.wait_for("Server listening", 1, DEADLINE).await;
     let mut client = Command::new("ip");
