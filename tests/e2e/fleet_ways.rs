@@ -403,14 +403,16 @@ async fn fleet_strangers_at_the_door_of_nodes_get_nothing() {
     assert_eq!(status(&a).await, 200);
 }
 
-/// Sends a gibibyte down from an origin at b to a visitor of a; the processor time that
-/// it cost a, and how many splices strace saw, where it may look.
+/// Sends gibibytes down from an origin at b to a visitor of a; the processor time that
+/// one cost a at least (others of the machine only add to it), and how many splices strace saw, where it may look.
 async fn gibibyte(splice: bool) -> (Duration, Option<usize>) {
     let etcd = EtcdCluster::start(1).await;
     let change = |opts: NodeOpts| {
         opts.set("fleet", "private = [\"127.0.0.0/8\"]")
             .set("relay", &format!("splice = {splice}"))
             .set("log", "level = \"warn\"")
+            // BBR's pacing costs more than either on loopback.
+            .set("tcp", "congestion = \"reno\"")
     };
     let [a, b, _c] = fleet(&etcd, change).await;
     a.put("sockets/db", json!({"type": "tcp"})).await;
@@ -428,9 +430,12 @@ async fn gibibyte(splice: bool) -> (Duration, Option<usize>) {
         Pattern::read(None, &mut tcp).await.ok().filter(|got| *got == bytes)
     };
     eventually("the tunnel is known", async || take(5).await).await;
-    let before = a.usage().cpu;
-    within(Duration::from_secs(120), "a gibibyte", take(1 << 30)).await.expect("all of it");
-    let spent = a.usage().cpu - before;
+    let mut spent = Duration::MAX;
+    for _ in 0..5 {
+        let before = a.usage().cpu;
+        within(Duration::from_secs(120), "a gibibyte", take(1 << 30)).await.expect("all of it");
+        spent = spent.min(a.usage().cpu - before);
+    }
     let mut strace = std::process::Command::new("strace");
     strace.args(["-f", "-qq", "-e", "trace=splice", "-p", &a.pid().to_string()]);
     let strace = Program::start("strace", strace);
