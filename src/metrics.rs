@@ -62,6 +62,11 @@ const COUNTERS: &[(&str, Unit, &str)] = &[
 const GAUGES: &[(&str, Unit, &str)] = &[
     ("adit_visitors", Unit::Count, "Visitors' connections open now, by door"),
     ("adit_http_connections", Unit::Count, "Visitors' HTTP connections open now, by protocol"),
+    (
+        "adit_http_connections_resting",
+        Unit::Count,
+        "Of these, those of HTTP/1 that were idle for a second and take little memory",
+    ),
     ("adit_requests", Unit::Count, "Requests under way"),
     ("adit_upgrades", Unit::Count, "WebSockets and other upgraded connections open now"),
     ("adit_raw_connections", Unit::Count, "Raw connections that are relayed now, by type of the socket"),

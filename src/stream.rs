@@ -6,7 +6,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -28,6 +28,12 @@ pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {
     /// read now and so would not learn it. True once: what tells it forgets it.
     fn broken(&self) -> bool {
         false
+    }
+
+    /// Ready once reading may give something, for one who waits long and would not
+    /// keep memory to read into. At once where that is not known.
+    fn poll_readable(&mut self, _cx: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
     }
 }
 
@@ -111,6 +117,14 @@ impl Duplex for Stream {
             Io::Other(io) => io.broken(),
         }
     }
+
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.io {
+            _ if !self.head.is_empty() => Poll::Ready(()),
+            Io::Tcp(tcp) => Duplex::poll_readable(tcp, cx),
+            Io::Other(io) => io.poll_readable(cx),
+        }
+    }
 }
 
 impl Duplex for TcpStream {
@@ -122,6 +136,10 @@ impl Duplex for TcpStream {
     fn broken(&self) -> bool {
         !matches!(self.take_error(), Ok(None))
     }
+
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.poll_read_ready(cx).map(|_| ())
+    }
 }
 
 impl<S: Duplex> Duplex for tokio_rustls::server::TlsStream<S> {
@@ -131,6 +149,11 @@ impl<S: Duplex> Duplex for tokio_rustls::server::TlsStream<S> {
 
     fn broken(&self) -> bool {
         self.get_ref().0.broken()
+    }
+
+    /// For one who has read all that there was: what is opened already is not seen.
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.get_mut().0.poll_readable(cx)
     }
 }
 
@@ -153,10 +176,8 @@ impl AsyncRead for Stream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if !self.head.is_empty() {
             let n = self.head.len().min(buf.remaining());
-            if let Some(chunk) = self.head.get(..n) {
-                buf.put_slice(chunk);
-            }
-            self.head.advance(n);
+            // Not `advance`: an empty rest would keep the memory.
+            buf.put_slice(&self.head.split_to(n));
             return Poll::Ready(Ok(()));
         }
         match &mut self.io {

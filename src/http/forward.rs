@@ -130,7 +130,7 @@ impl<D: Dial> Http<D> {
                 match version {
                     Version::HTTP_2 => {
                         let (drain, cut) = (connection.drain.clone(), connection.cut.clone());
-                        self.tracker.spawn(upgrade.run(self.settings.upgrade_idle, drain, cut));
+                        self.tracker.spawn(upgrade.run(None, self.settings.upgrade_idle, drain, cut));
                     }
                     _ => pulse.set_upgrade(upgrade),
                 }

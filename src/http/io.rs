@@ -26,6 +26,8 @@ const LINGER_MAX: usize = 64 << 20;
 pub(super) struct VisitorIo {
     /// Absent once taken out.
     stream: Option<Stream>,
+    /// What a former hyper had read too far: guarded and told already.
+    unread: Bytes,
     /// Guards what is read, where it is HTTP/1.
     framing: Option<Framing>,
     /// It found what is not clear: nothing is read from there on.
@@ -53,6 +55,7 @@ impl VisitorIo {
         let framing = (protocol == Protocol::Http1).then(Framing::default);
         Self {
             stream: Some(stream),
+            unread: Bytes::new(),
             framing,
             refused: false,
             pulse,
@@ -62,6 +65,24 @@ impl VisitorIo {
             ended: false,
             interim: Bytes::new(),
             unflushed: false,
+        }
+    }
+
+    /// The same for another hyper, which reads first what the former had read too far.
+    pub(super) fn again(mut self, unread: Bytes) -> Self {
+        debug_assert!(self.unread.is_empty(), "hyper reads all that there is");
+        // Even empty it would keep hyper's buffer.
+        if !unread.is_empty() {
+            self.unread = unread;
+        }
+        self
+    }
+
+    /// Ready once the visitor may have sent something.
+    pub(super) fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.stream {
+            Some(stream) if self.unread.is_empty() => stream.poll_readable(cx),
+            _ => Poll::Ready(()),
         }
     }
 
@@ -112,6 +133,11 @@ impl AsyncRead for VisitorIo {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         // Whatever comes of it, the next write or read goes on with it.
         let _ = self.poll_interim(cx);
+        if !self.unread.is_empty() {
+            let len = self.unread.len().min(buf.remaining());
+            buf.put_slice(&self.unread.split_to(len));
+            return Poll::Ready(Ok(()));
+        }
         if self.refused {
             return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
         }

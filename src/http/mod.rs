@@ -31,10 +31,10 @@ use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
-use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
+use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -44,6 +44,7 @@ use tokio_util::task::TaskTracker;
 pub use self::own::OwnHosts;
 pub use self::settings::HttpSettings;
 
+use self::body::Body;
 use self::io::VisitorIo;
 use self::origin_tls::OriginTls;
 use self::origins::{Origin, Origins};
@@ -53,7 +54,7 @@ use self::record::{Record, Tally};
 use crate::dial::Dial;
 use crate::error::{Chain, Error};
 use crate::gate::Gates;
-use crate::metrics::Present;
+use crate::metrics::{Present, held};
 use crate::model::{HostName, Visitor};
 use crate::routes::Routes;
 use crate::stream::Stream;
@@ -216,33 +217,81 @@ impl<D: Dial> Http<D> {
         });
         let pulse = Arc::new(Pulse::new(protocol == Protocol::Http1));
         let io = VisitorIo::new(stream, protocol, Arc::clone(&pulse), self.tracker.clone(), self.settings.linger);
-        let io = TokioIo::new(io);
         // Children, because polling a token locks it: connections must not meet at one lock.
         let (drain, cut) = (drain.child_token(), cut.child_token());
         let own = Mutex::new(None);
         let connection = Connection { visitor, via, pulse, drain: drain.clone(), cut: cut.clone(), own };
         let connection = Arc::new(connection);
-        let http = Arc::clone(self);
-        let at = Arc::clone(&connection);
-        let service = service_fn(move |request: Request<Incoming>| {
-            let record = Record::begin(&at.pulse, at.visitor, request.method().clone(), request.uri().clone());
-            let (http, at) = (Arc::clone(&http), Arc::clone(&at));
-            async move { Ok::<_, Infallible>(http.request(&at, request, record).await) }
-        });
-        // Boxed: the state of a hyper connection is large, and one visit in many is HTTP.
-        match protocol {
-            Protocol::Http1 => {
-                let hyper = Box::pin(self.http1().serve_connection(io, service).with_upgrades());
-                self.drive(hyper, |c| c.graceful_shutdown(), &connection, &drain, &cut).await;
-            }
+        // Boxed: one visit in many is HTTP, and few of these are HTTP/2.
+        let left = match protocol {
+            Protocol::Http1 => self.serve_http1(io, &connection, &drain, &cut).await,
             Protocol::Http2 => {
-                let hyper = Box::pin(self.http2(&connection.pulse, &cut).serve_connection(io, service));
-                self.drive(hyper, |c| c.graceful_shutdown(), &connection, &drain, &cut).await;
+                Box::pin(self.serve_http2(io, &connection, &drain, &cut)).await;
+                None
             }
-        }
+        };
         if let Some(upgrade) = connection.pulse.take_upgrade() {
-            upgrade.run(self.settings.upgrade_idle, drain, cut).await;
+            Box::pin(upgrade.run(left, self.settings.upgrade_idle, drain, cut)).await;
         }
+    }
+
+    /// Serves HTTP/1.1; gives the stream that is left after its end. hyper's part of a
+    /// connection that is idle is put down until the visitor sends something.
+    async fn serve_http1(
+        self: &Arc<Self>,
+        mut io: VisitorIo,
+        connection: &Arc<Connection>,
+        drain: &CancellationToken,
+        cut: &CancellationToken,
+    ) -> Option<Stream> {
+        loop {
+            let service = service_fn(|request| self.answering(connection, request));
+            let mut hyper = Box::pin(self.http1().serve_connection(TokioIo::new(io), service));
+            let left = self.drive(&mut hyper, |c| c.graceful_shutdown(), connection, drain, cut).await;
+            let parts = Pin::into_inner(hyper).into_parts();
+            io = parts.io.into_inner();
+            match left {
+                Left::Rests => io = io.again(parts.read_buf),
+                // Of a connection that ends in any other way nothing is left.
+                Left::Ended if connection.pulse.has_upgrade() => return io.into_stream(parts.read_buf),
+                Left::Ended | Left::Cut => return None,
+            }
+            // Whatever comes, hyper and its driver know what to do.
+            let _present = Present::new(held!(gauge: "adit_http_connections_resting").clone());
+            tokio::select! {
+                biased;
+                () = cut.cancelled() => {}
+                () = drain.cancelled() => {}
+                () = poll_fn(|cx| io.poll_readable(cx)) => {}
+                () = tokio::time::sleep_until(connection.pulse.rests_until(&self.settings)) => {}
+            }
+            connection.pulse.rested();
+        }
+    }
+
+    async fn serve_http2(
+        self: &Arc<Self>,
+        io: VisitorIo,
+        connection: &Arc<Connection>,
+        drain: &CancellationToken,
+        cut: &CancellationToken,
+    ) {
+        // Boxed: it is some kilobytes, which hyper and tokio would move about five times.
+        let service = service_fn(|request| Box::pin(self.answering(connection, request)));
+        let builder = self.http2(&connection.pulse, cut);
+        let mut hyper = Box::pin(builder.serve_connection(TokioIo::new(io), service));
+        self.drive(&mut hyper, |c| c.graceful_shutdown(), connection, drain, cut).await;
+    }
+
+    /// The answer to a request.
+    fn answering(
+        self: &Arc<Self>,
+        at: &Arc<Connection>,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send + use<D> {
+        let record = Record::begin(&at.pulse, at.visitor, request.method().clone(), request.uri().clone());
+        let (http, at) = (Arc::clone(self), Arc::clone(at));
+        async move { Ok(http.request(&at, request, record).await) }
     }
 
     fn http1(&self) -> http1::Builder {
@@ -280,15 +329,17 @@ impl<D: Dial> Http<D> {
         builder
     }
 
-    /// Polls a visitor's connection to its end and holds it to its deadlines.
+    /// Polls a visitor's connection to its end, or until it rests, and holds it to its
+    /// deadlines.
     async fn drive<C>(
         &self,
-        mut hyper: Pin<Box<C>>,
+        hyper: &mut Pin<Box<C>>,
         close: impl Fn(Pin<&mut C>),
         connection: &Connection,
         drain: &CancellationToken,
         cut: &CancellationToken,
-    ) where
+    ) -> Left
+    where
         C: Future<Output = hyper::Result<()>>,
     {
         let pulse = &connection.pulse;
@@ -325,18 +376,19 @@ impl<D: Dial> Http<D> {
                 biased;
                 () = cut.cancelled() => {
                     pulse.cut(Error::Draining);
-                    return;
+                    return Left::Cut;
                 }
                 () = drain.cancelled(), if !closing => {}
                 then = watched => match then {
-                    None => return,
+                    None => return Left::Ended,
+                    Some(Then::Rest) => return Left::Rests,
                     Some(Then::Cut) => {
                         let late = pulse.overdue();
                         pulse.cut(late);
                         if late == Error::HelloTimeout {
                             connection.refused(late);
                         }
-                        return;
+                        return Left::Cut;
                     }
                     Some(Then::Close | Then::Look) if closing => continue,
                     Some(Then::Close | Then::Look) => {}
@@ -347,6 +399,16 @@ impl<D: Dial> Http<D> {
             close(hyper.as_mut());
         }
     }
+}
+
+/// How a drive ends.
+enum Left {
+    /// hyper is through with it.
+    Ended,
+    /// It ends now.
+    Cut,
+    /// Nothing is under way on it.
+    Rests,
 }
 
 /// Runs the streams of an HTTP/2 connection, each held to its progress.

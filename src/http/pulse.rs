@@ -19,6 +19,8 @@ use crate::error::Error;
 pub(super) enum Then {
     /// Nothing is wrong: look again.
     Look,
+    /// Put hyper's part of it down until the visitor sends something (HTTP/1).
+    Rest,
     /// Close it, letting what is on its way arrive.
     Close,
     /// End it now.
@@ -41,6 +43,8 @@ struct State {
     since: Instant,
     /// When the first byte of an incomplete head came (HTTP/1).
     head: Option<Instant>,
+    /// When hyper's part of it was made last.
+    made: Instant,
     /// Nothing has come yet.
     fresh: bool,
     closing: bool,
@@ -59,6 +63,11 @@ struct State {
     handed: bool,
     watcher: Option<Waker>,
 }
+
+/// How long a connection is idle before hyper's part of it is put down, which is
+/// most of its memory. 1 s: the requests of a page follow one another faster, and
+/// making hyper's part again takes some microseconds.
+const REST: Duration = Duration::from_secs(1);
 
 /// Longest row of interim answers to one request, in bytes.
 const INTERIM_MAX: usize = 16 << 10;
@@ -81,6 +90,7 @@ impl Pulse {
                 latest: None,
                 since: Instant::now(),
                 head: None,
+                made: Instant::now(),
                 fresh: true,
                 closing: false,
                 flushed: true,
@@ -244,6 +254,11 @@ impl Pulse {
         self.state.lock().upgrade = Some(Box::new(upgrade));
     }
 
+    /// Whether an upgrade follows.
+    pub(super) fn has_upgrade(&self) -> bool {
+        self.state.lock().upgrade.is_some()
+    }
+
     /// The upgrade to run, if there is one.
     pub(super) fn take_upgrade(&self) -> Option<Box<Upgrade>> {
         self.state.lock().upgrade.take()
@@ -287,8 +302,23 @@ impl Pulse {
             _ if s.closing => after(if self.serial { settings.body_idle } else { settings.h2_ping_timeout }, Then::Cut),
             Some(begun) => (begun + settings.head_deadline, Then::Cut),
             None if s.fresh => after(settings.head_deadline, Then::Close),
-            None => after(settings.idle, Then::Close),
+            None => match after(settings.idle, Then::Close) {
+                (close, _) if s.may_rest(self.serial) && Instant::now() < close => {
+                    ((s.since.max(s.made) + REST).min(close), Then::Rest)
+                }
+                close => close,
+            },
         }
+    }
+
+    /// Until when a connection that rests may do so.
+    pub(super) fn rests_until(&self, settings: &HttpSettings) -> Instant {
+        self.state.lock().since + settings.idle
+    }
+
+    /// A rest is over, and hyper's part is made again. It may have been for nothing.
+    pub(super) fn rested(&self) {
+        self.state.lock().made = Instant::now();
     }
 
     /// The word for a wait that is over.
@@ -304,6 +334,11 @@ impl Pulse {
 }
 
 impl State {
+    /// Whether nothing is under way in either direction.
+    fn may_rest(&self, serial: bool) -> bool {
+        serial && self.flushed && self.eof == Eof::Unseen && self.upgrade.is_none() && !self.abort
+    }
+
     fn release_eof(&mut self) {
         self.eof = Eof::Released;
         if let Some(reader) = self.reader.take() {

@@ -857,6 +857,40 @@ async fn slow_heads_and_idle_connections_are_closed() {
     closes_within(io, 50, 800).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_idle_connection_is_used_again_after_any_rest() {
+    let settings = HttpSettings { idle: Duration::from_secs(4), ..HttpSettings::default() };
+    let world = World::new(settings, |mut io| async move {
+        read_head(&mut io).await;
+        let _ = io.write_all(ok("x").as_bytes()).await;
+    });
+    let mut io = world.plain();
+    for rest in [0, 900, 1_000, 1_100, 2_500, 3_900] {
+        tokio::time::sleep(Duration::from_millis(rest)).await;
+        // Not all at once: hyper's part is made at the first byte.
+        let request = get("a.test", "");
+        let (first, second) = request.split_at(1);
+        io.write_all(first.as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        io.write_all(second.as_bytes()).await.unwrap();
+        let answer = read_until(&mut io, "\r\n\r\nx").await;
+        assert!(answer.starts_with("HTTP/1.1 200 OK"), "{rest} ms: {answer}");
+    }
+    let idle_since = Instant::now();
+    assert_eq!(read_all(&mut io).await, "");
+    assert_eq!(idle_since.elapsed().as_secs(), 4);
+
+    // A drain closes one that rests.
+    let mut io = world.plain();
+    io.write_all(get("a.test", "").as_bytes()).await.unwrap();
+    read_until(&mut io, "\r\n\r\nx").await;
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    world.drain.cancel();
+    let asked = Instant::now();
+    assert_eq!(read_all(&mut io).await, "");
+    assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
+}
+
 #[tokio::test]
 async fn a_body_that_stops_is_ended_with_the_right_word() {
     let settings = HttpSettings { body_idle: Duration::from_millis(300), ..HttpSettings::default() };

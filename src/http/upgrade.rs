@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::io::{OriginIo, VisitorIo};
+use super::io::OriginIo;
 use super::record::Record;
 use super::websocket;
 use crate::error::Error;
@@ -44,12 +44,24 @@ const LAST_FRAME: Duration = Duration::from_secs(2);
 impl Upgrade {
     /// Relays until the upgraded connection ends, or is silent for `idle`; its
     /// record is told then. A WebSocket is closed in good order once `drain` is
-    /// cancelled.
-    pub(super) async fn run(self, idle: Duration, drain: CancellationToken, cut: CancellationToken) {
+    /// cancelled. `left`: what HTTP/1.1 has left of the visitor's connection.
+    pub(super) async fn run(
+        self,
+        left: Option<Stream>,
+        idle: Duration,
+        drain: CancellationToken,
+        cut: CancellationToken,
+    ) {
         let Self { visitor, origin, guard, websocket, mut record, held } = self;
         let _present = Present::new(metrics::gauge!("adit_upgrades"));
         let streams = async {
-            let visitor = visitor_stream(visitor.await.ok()?);
+            let visitor = match visitor.await {
+                // A stream of HTTP/2.
+                Ok(upgraded) => Some(Stream::other(Tunnelled(TokioIo::new(upgraded)))),
+                // hyper leaves it to who drives it to take the stream over.
+                Err(by_hand) if by_hand.is_user() => left,
+                Err(_) => None,
+            };
             let origin = origin_stream(origin.await.ok()?)?;
             Some((visitor?, origin))
         };
@@ -97,14 +109,6 @@ impl Upgrade {
             None => record.complete(),
             Some(error) => record.tally.fail(error),
         }
-    }
-}
-
-fn visitor_stream(upgraded: Upgraded) -> Option<Stream> {
-    match upgraded.downcast::<TokioIo<VisitorIo>>() {
-        Ok(parts) => parts.io.into_inner().into_stream(parts.read_buf),
-        // A stream of HTTP/2.
-        Err(upgraded) => Some(Stream::other(Tunnelled(TokioIo::new(upgraded)))),
     }
 }
 

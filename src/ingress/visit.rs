@@ -83,7 +83,7 @@ impl Ingress {
         let route = self.parts.routes.by_port(visitor.local.port()).ok_or(Error::NoSocket)?;
         let stream = Stream::tcp(tcp);
         if route.socket.kind != SocketType::Tls {
-            self.raw(&route, visitor, stream, Outer::default()).await;
+            Box::pin(self.raw(&route, visitor, stream, Outer::default())).await;
             return Ok(());
         }
         let begun = (SystemTime::now(), Instant::now());
@@ -103,7 +103,7 @@ impl Ingress {
             Ok(tls) => {
                 let (sni, spoken) = (tls.sni, (tls.version, tls.cipher));
                 let outer = Outer { tls: Some(begun.1.elapsed()), sni, spoken, client: tls.client };
-                self.raw(&route, visitor, tls.stream, outer).await;
+                Box::pin(self.raw(&route, visitor, tls.stream, outer)).await;
             }
             // No visit: it is not known what they wanted.
             Err(Error::TlsHandshake) => return Err(Error::TlsHandshake),
@@ -128,7 +128,7 @@ impl Ingress {
                 let stream = Stream::tcp(tcp).with_head(head);
                 if let Some(route) = passed.filter(|r| r.socket.kind == SocketType::Passthrough) {
                     let outer = Outer { sni: client.sni.name().cloned(), ..Outer::default() };
-                    self.raw(&route, &visitor, stream, outer).await;
+                    Box::pin(self.raw(&route, &visitor, stream, outer)).await;
                     return Ok(());
                 }
                 let begun = Instant::now();
@@ -160,7 +160,8 @@ impl Ingress {
         self.parts.http.serve(stream, visitor, via, close, cut).await;
     }
 
-    /// Bytes as they are, between a visitor and the nearest live tunnel.
+    /// Bytes as they are, between a visitor and the nearest live tunnel. To be boxed: a
+    /// visit's task is as large as the largest of its ways.
     async fn raw(&self, route: &Arc<Route>, visitor: &Visitor, stream: Stream, outer: Outer) {
         let (at, start) = (SystemTime::now(), Instant::now());
         let _present = Present::new(metrics::gauge!("adit_raw_connections", "type" => route.socket.kind.as_str()));

@@ -403,7 +403,9 @@ impl Certificates {
     /// Dropping it closes the connection.
     pub async fn accept(&self, stream: Stream, purpose: Purpose<'_>) -> Result<Accepted, Error> {
         let start = Instant::now();
-        let made = tokio::time::timeout(self.handshake_deadline, self.handshake(stream, purpose)).await;
+        // Boxed: it is some kilobytes, which the connection would keep for as long as it lasts.
+        let handshake = Box::pin(self.handshake(stream, purpose));
+        let made = tokio::time::timeout(self.handshake_deadline, handshake).await;
         match made.unwrap_or(Err((Failure::Timeout, None))) {
             Ok((accepted, resumed)) => {
                 let resumed = if resumed { "yes" } else { "no" };

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::harness::*;
@@ -16,7 +16,7 @@ const SLACK: Duration = Duration::from_secs(4);
 
 /// How long until the other side ended the connection, by an end or a reset,
 /// and what it said before.
-async fn until_closed(io: &mut (impl tokio::io::AsyncRead + Unpin)) -> (Duration, String) {
+async fn until_closed(io: &mut (impl AsyncRead + Unpin)) -> (Duration, String) {
     let begun = Instant::now();
     let mut said = Vec::new();
     let _ = within(DEADLINE, "the end of a connection", io.read_to_end(&mut said)).await;
@@ -36,7 +36,7 @@ async fn connect_from(source: [u8; 4], to: SocketAddr) -> TcpStream {
 }
 
 /// A request on a connection that stays: its status, or none where it was closed.
-async fn ask(tcp: &mut TcpStream, host: &str, path: &str) -> Option<u16> {
+async fn ask(tcp: &mut (impl AsyncRead + AsyncWrite + Unpin), host: &str, path: &str) -> Option<u16> {
     let head = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n");
     tcp.write_all(head.as_bytes()).await.ok()?;
     let mut head = Vec::new();
@@ -95,6 +95,38 @@ async fn the_node_has_its_share_of_connections() {
     assert_eq!(served.len(), 4);
     served.pop();
     eventually("the place is given back", async || status(&node, "nobody.test", "/").await).await;
+}
+
+/// A visitor who keeps a connection and asks now and then does not notice that the
+/// node keeps little of it meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_rests_is_there_when_it_is_needed() {
+    let mut node = Node::start().await;
+    let web = Origin::http().await;
+    let _ssh = Ssh::start(&node, &[&format!("web:80:{}", web.target())]).await;
+    let host = "web.edge.localhost";
+    let ca = std::fs::read(node.ca()).unwrap();
+    let mut plain = TcpStream::connect(node.addr("http")).await.unwrap();
+    let mut tls = tls_connect(node.addr("https"), host, trusting(&ca, &["http/1.1"])).await.unwrap();
+    let resting = async |n: f64| {
+        let rest = async || (node.metric("adit_http_connections_resting").await == n).then_some(());
+        eventually(&format!("{n} connections rest"), rest).await;
+    };
+    for _ in 0..2 {
+        eventually("the tunnel serves", async || ask(&mut plain, host, "/").await.filter(|s| *s == 200)).await;
+        assert_eq!(ask(&mut tls, host, "/").await, Some(200));
+        resting(2.0).await;
+    }
+    // A WebSocket on a connection that rested, and one that is begun on a fresh one.
+    let mut upgraded = WebSocket::connect(tls, host, "/ws").await;
+    upgraded.write(1, b"after a rest").await;
+    assert_eq!(upgraded.read().await, Some((1, b"after a rest".to_vec())));
+    resting(1.0).await;
+    drop(upgraded);
+    node.drain();
+    let (took, said) = until_closed(&mut plain).await;
+    assert_eq!(said, "");
+    assert!(took < SLACK, "a drain closed it after {took:?}");
 }
 
 /// Two visitors of a socket where two may be, then one more.
