@@ -134,7 +134,8 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let logins = Arc::<Logins>::default();
     let shown = Arc::clone(&certificates) as _;
     let (follower, following) = Follower::new(engine.follow(&state), Arc::clone(&routes), shown, Arc::clone(&logins));
-    tasks.spawn(follower.run(stop.clone()));
+    let cancel = stop.clone();
+    tasks.spawn_blocking(move || follower.run_alone(cancel));
     engine.wait(&following, &mut signals).await?;
 
     // A taken port ends the start before anything is served.

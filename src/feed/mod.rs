@@ -106,6 +106,13 @@ pub struct Subscription {
     pub(crate) events: tokio::sync::mpsc::Receiver<Event>,
 }
 
+impl From<tokio::sync::mpsc::Receiver<Event>> for Subscription {
+    /// What an engine of one's own tells.
+    fn from(events: tokio::sync::mpsc::Receiver<Event>) -> Self {
+        Self { events }
+    }
+}
+
 impl Subscription {
     /// The next event; `None` when the feed has shut down.
     ///
