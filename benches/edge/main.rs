@@ -25,7 +25,7 @@
 //! | `raw-get` `raw-small` | `get1` and `h1` without TLS on a tcp socket's port | as they |
 //! | `backhaul` | raw visitors of one node, the tunnel at another, plain TCP between | CPU of the first |
 //! | `idle-tunnels` | 5000 (peers: 500) light SSH clients, each with one forward | memory per tunnel |
-//! | `idle-visitors` | 10,000 visitors over TLS that asked once and stay | memory per visitor |
+//! | `idle-visitors` | 10,000 visitors (`--visitors`) over TLS that asked once and stay | memory per visitor |
 //! | `latency` | `h1` at 500 requests a second | p50, p99, beside `direct`: `ssh -L`, no edge |
 //! | `login` | full SSH logins, one after another | server CPU per login |
 //! | `d1` `d8` `u1` `u8` | raw downloads, uploads of 1 or 8 visitors for 2.5 s | server CPU per GB |
@@ -34,6 +34,7 @@
 //! | `bulk-echo` | a 64-byte echo: alone, beside a download, beside an upload | p50, p99 and how they grow |
 //! | `idle-channels` | 400 visitors of one tunnel who said something and fell silent | memory per visitor |
 //! | `stall` | 30 busy visitors; 20 more stop in the middle of transfers | how much the 30 keep |
+//! | `stall-https` `stall-h2` | the same over HTTPS; as streams of 10 connections of HTTP/2 | the same |
 //!
 //! | system | what it is |
 //! |---|---|

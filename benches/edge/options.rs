@@ -52,6 +52,9 @@ pub struct Options {
     /// Light SSH clients of `idle-tunnels`; 5000, of peers 500, where not said.
     #[arg(long)]
     pub tunnels: Option<usize>,
+    /// Visitors of `idle-visitors`.
+    #[arg(long, default_value_t = 10_000)]
+    pub visitors: usize,
     /// Have `perf record` watch the servers: FILE.SYSTEM for each, of the last round. Choose
     /// one workload; the figures of such a run are no good.
     #[arg(long, value_name = "FILE")]

@@ -1,5 +1,5 @@
 //! The origins: a thread that does what each visitor's order says (a letter and a
-//! number of 8 bytes), and serves the web: `GET /bytes/N`, `POST /check`.
+//! number of 8 bytes), and serves the web: `GET /bytes/N`, `POST /check`, `POST /hold`.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::Outcome;
 use crate::pattern::{CHUNK, Pattern};
-use crate::web::{Sent, came, verdict};
+use crate::web::{HOLD, Sent, came, verdict};
 
 /// What a visitor wants of the origin.
 #[derive(Debug, Clone, Copy)]
@@ -100,9 +100,13 @@ where
 
 async fn answer(request: Request<Incoming>) -> Result<Response<Either<Sent, Full<Bytes>>>, Infallible> {
     let wanted = request.uri().path().strip_prefix("/bytes/").and_then(|wanted| wanted.parse().ok());
+    if request.uri().path() == HOLD {
+        // Until somebody breaks it off.
+        std::future::pending::<()>().await;
+    }
     let (status, body) = match (request.method(), wanted) {
         (&Method::GET, Some(bytes)) => (StatusCode::OK, Either::Left(Sent::new(bytes))),
-        (&Method::POST, None) => match came(request.into_body(), u64::MAX).await {
+        (&Method::POST, None) => match came(request.into_body(), u64::MAX, |_| ()).await {
             Ok((bytes, right)) => (StatusCode::OK, Either::Right(Full::from(verdict(bytes, right)))),
             Err(why) => (StatusCode::BAD_REQUEST, Either::Right(Full::from(why.to_string()))),
         },

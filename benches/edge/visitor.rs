@@ -27,7 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(100);
 pub struct Tally(Arc<AtomicU64>);
 
 impl Tally {
-    fn add(&self, n: u64) {
+    /// So much more was done.
+    pub fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
     }
 

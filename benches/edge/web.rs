@@ -24,6 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 
 use crate::pattern::{CHUNK, Pattern};
+use crate::visitor::Tally;
 use crate::{Outcome, visitor, within};
 
 /// What sockets made on demand have names below.
@@ -32,6 +33,9 @@ const WEB: &str = "web.edge.localhost";
 
 /// Of an answer, or its next bytes.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where the origin reads nothing of what it is sent.
+pub const HOLD: &str = "/hold";
 
 /// The size of a small answer, in bytes.
 pub const SMALL: u64 = 100;
@@ -185,14 +189,21 @@ impl Visit {
     /// # Errors
     /// What was wrong.
     pub async fn get(&mut self, bytes: u64) -> Outcome<u64> {
-        let request = self.request(Method::GET, &format!("/bytes/{bytes}"), 0)?;
-        let answer = self.ask(request).await?;
+        self.get_counted(bytes, |_| ()).await
+    }
+
+    /// The same, and tells of each piece how much it was.
+    ///
+    /// # Errors
+    /// What was wrong.
+    pub async fn get_counted(&mut self, bytes: u64, count: impl Fn(u64)) -> Outcome<u64> {
+        let answer = self.begin_get(bytes).await?;
         let told = answer.headers().get(CONTENT_LENGTH).and_then(|told| told.to_str().ok()?.parse::<u64>().ok());
         // HTTP/1.1 may have it in chunks instead.
         if told.is_some_and(|told| told != bytes) {
             return Err(format!("a length of {told:?} was told, not {bytes}").into());
         }
-        let (came, right) = came(answer.into_body(), bytes).await?;
+        let (came, right) = came(answer.into_body(), bytes, count).await?;
         match (came == bytes, right) {
             (true, true) => Ok(bytes),
             (false, _) => Err(format!("{came} bytes came of {bytes}").into()),
@@ -200,12 +211,43 @@ impl Visit {
         }
     }
 
+    /// Asks for so many bytes, and reads none.
+    ///
+    /// # Errors
+    /// What was wrong.
+    pub async fn begin_get(&mut self, bytes: u64) -> Outcome<Response<Incoming>> {
+        let request = self.request(Method::GET, &format!("/bytes/{bytes}"), Sent::new(0))?;
+        self.ask(request).await
+    }
+
+    /// Sends as much as anybody takes, of which the origin reads nothing; ends where
+    /// somebody breaks it off.
+    ///
+    /// # Errors
+    /// What was wrong.
+    pub async fn post_unread(&mut self) -> Outcome<()> {
+        let request = self.request(Method::POST, HOLD, Sent::new(u64::MAX >> 1))?;
+        match self {
+            Visit::Http1(sender) => sender.send_request(request).await.map(drop)?,
+            Visit::Http2(sender) => sender.send_request(request).await.map(drop)?,
+        }
+        Ok(())
+    }
+
     /// Sends so many bytes, which the origin looks at; returns how many they were.
     ///
     /// # Errors
     /// What was wrong.
     pub async fn post(&mut self, bytes: u64) -> Outcome<u64> {
-        let request = self.request(Method::POST, "/check", bytes)?;
+        self.post_counted(bytes, None).await
+    }
+
+    /// The same, and counts what leaves.
+    ///
+    /// # Errors
+    /// What was wrong.
+    pub async fn post_counted(&mut self, bytes: u64, tally: Option<Tally>) -> Outcome<u64> {
+        let request = self.request(Method::POST, "/check", Sent { tally, ..Sent::new(bytes) })?;
         let sent = self.ask(request).await?.into_body().collect();
         let answer = within(PATIENCE, "the origin's count", async { Ok(sent.await?.to_bytes()) }).await?;
         match answer == verdict(bytes, true).as_bytes() {
@@ -214,13 +256,13 @@ impl Visit {
         }
     }
 
-    fn request(&self, method: Method, path: &str, body: u64) -> Outcome<Request<Sent>> {
+    fn request(&self, method: Method, path: &str, body: Sent) -> Outcome<Request<Sent>> {
         let request = Request::builder().method(method).header(USER_AGENT, "edge").header(ACCEPT, "*/*");
         let request = match self {
             Visit::Http1(_) => request.uri(path).header(HOST, WEB),
             Visit::Http2(_) => request.uri(format!("https://{WEB}{path}")),
         };
-        Ok(request.body(Sent::new(body))?)
+        Ok(request.body(body)?)
     }
 
     async fn ask(&mut self, request: Request<Sent>) -> Outcome<Response<Incoming>> {
@@ -247,12 +289,13 @@ impl Visit {
 }
 
 /// Reads a body of at most so many bytes to its end: how many came, and whether they
-/// are the pattern.
-pub async fn came(mut body: Incoming, most: u64) -> Outcome<(u64, bool)> {
+/// are the pattern. `count` hears of each piece.
+pub async fn came(mut body: Incoming, most: u64, count: impl Fn(u64)) -> Outcome<(u64, bool)> {
     let (mut pattern, mut came, mut right) = (Pattern::default(), 0, true);
     while let Some(frame) = within(PATIENCE, "a body", async { Ok(body.frame().await.transpose()?) }).await? {
         let Ok(bytes) = frame.into_data() else { continue };
         came += bytes.len() as u64;
+        count(bytes.len() as u64);
         right = right && bytes.chunks(CHUNK).all(|chunk| pattern.check(chunk).is_ok());
         if came > most {
             break;
@@ -271,11 +314,12 @@ pub fn verdict(bytes: u64, right: bool) -> String {
 pub struct Sent {
     pattern: Pattern,
     left: u64,
+    tally: Option<Tally>,
 }
 
 impl Sent {
     pub fn new(left: u64) -> Self {
-        Self { pattern: Pattern::default(), left }
+        Self { pattern: Pattern::default(), left, tally: None }
     }
 }
 
@@ -291,6 +335,9 @@ impl Body for Sent {
         let bytes = self.pattern.peek(max);
         self.pattern.advance(bytes.len());
         self.left -= bytes.len() as u64;
+        if let Some(tally) = &self.tally {
+            tally.add(bytes.len() as u64);
+        }
         Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(bytes)))))
     }
 

@@ -70,6 +70,8 @@ pub enum Workload {
     BulkEcho,
     IdleChannels,
     Stall,
+    StallHttps,
+    StallH2,
 }
 
 impl Workload {
@@ -100,6 +102,7 @@ impl Workload {
         match self {
             Workload::H1 | Workload::H2 | Workload::Handshake => Field::Https,
             Workload::Get1 | Workload::Get8 | Workload::Post1 | Workload::IdleVisitors => Field::Https,
+            Workload::StallHttps | Workload::StallH2 => Field::Https,
             Workload::Latency => Field::Latency,
             Workload::Backhaul => Field::Backhaul,
             Workload::Login | Workload::IdleTunnels => Field::Logins,
@@ -113,13 +116,17 @@ impl Workload {
         rounds as usize
     }
 
+    fn stops(self) -> bool {
+        matches!(self, Workload::Stall | Workload::StallHttps | Workload::StallH2)
+    }
+
     fn is_long(self) -> bool {
-        matches!(self, Workload::Stall | Workload::IdleTunnels | Workload::IdleVisitors)
+        self.stops() || matches!(self, Workload::IdleTunnels | Workload::IdleVisitors)
     }
 
     /// A sample that takes longer has failed.
     pub fn limit(self, options: &Options) -> Duration {
-        let stop = if self == Workload::Stall { stall::length(options) } else { Duration::ZERO };
+        let stop = if self.stops() { stall::length(options) } else { Duration::ZERO };
         Duration::from_secs(180) + 4 * options.window() + stop
     }
 
@@ -146,7 +153,7 @@ impl Workload {
             Workload::Post1 => web::uploads(bench, server, 1).await,
             Workload::RawGet => web::downloads(bench, server, Way::Raw, 1).await,
             Workload::RawSmall => web::http1(bench, server, Way::Raw).await,
-            Workload::IdleVisitors => idle::visitors(bench, server, 10_000).await,
+            Workload::IdleVisitors => idle::visitors(bench, server, bench.options.visitors).await,
             Workload::Latency => web::latency(bench, server).await,
             Workload::Backhaul => Err("it has servers of its own".into()),
             Workload::D1 => transfer::downloads(bench, server, 1).await,
@@ -160,7 +167,9 @@ impl Workload {
             Workload::BulkEcho => bulk_echo::echo_beside_bulk(bench, server).await,
             Workload::IdleChannels => idle::channels(bench, server, 400).await,
             Workload::IdleTunnels => idle::tunnels(bench, server).await,
-            Workload::Stall => stall::stopped_visitors(bench, server).await,
+            Workload::Stall => stall::stopped_visitors(bench, server, Way::Orders).await,
+            Workload::StallHttps => stall::stopped_visitors(bench, server, Way::Https).await,
+            Workload::StallH2 => stall::stopped_visitors(bench, server, Way::Http2).await,
         }
     }
 }

@@ -1,10 +1,16 @@
 //! 50 visitors of one tunnel: 10 download, 10 upload, 10 echo all the time. The
 //! other 20 are quiet; then they stop in the middle of transfers; then they
 //! leave. What the 30 do meanwhile, second by second.
+//!
+//! They are connections of a tcp socket; of HTTP/1.1 over TLS, where an echo is a
+//! small request; or streams of HTTP/2, of which each of 10 connections has one of
+//! each kind and two that stop.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use hyper::Response;
+use hyper::body::Incoming;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -17,6 +23,7 @@ use crate::pattern::Pattern;
 use crate::system::{Server, Tunnel, Way};
 use crate::usage::Share;
 use crate::visitor::{self, Pace, Tally};
+use crate::web::{SMALL, Site, Visit};
 use crate::{Bench, Outcome, within};
 
 /// Of each kind.
@@ -33,6 +40,9 @@ const NAMES: [[&str; 3]; 4] = [
     ["echoes kept", "echoes kept per CPU left", "echoes' worst second"],
 ];
 
+/// What a visitor of the web transfers at once.
+const PIECE: u64 = 8 << 20;
+
 const MIB: f64 = (1 << 20) as f64;
 
 /// The time before the stop, during it, and after it.
@@ -46,18 +56,25 @@ pub fn length(options: &Options) -> Duration {
     Duration::from_secs(phases(options).iter().sum()) + 4 * RUN_UP
 }
 
-pub async fn stopped_visitors(bench: &Bench, server: &Server) -> Outcome<Sample> {
-    let mut tunnel = server.tunnel(bench, Way::Orders).await?;
+pub async fn stopped_visitors(bench: &Bench, server: &Server, way: Way) -> Outcome<Sample> {
+    let mut tunnel = server.tunnel(bench, way).await?;
     let [before, during, after] = phases(&bench.options);
-    let quiet = quiet(tunnel.visitors).await?;
-    let mut busy = Busy::start(tunnel.visitors, Instant::now() + length(&bench.options));
+    let until = Instant::now() + length(&bench.options);
+    let addr = tunnel.visitors;
+    let (quiet, mut busy) = match way {
+        Way::Orders => (Quiet::Raw(quiet(addr).await?), Busy::start(addr, until)),
+        Way::Raw | Way::Https | Way::Http2 => {
+            let mut tens = Tens::connect(&bench.site(way, addr, server), way).await?;
+            (Quiet::Web(tens.split_off(3)), Busy::start_web(tens, until))
+        }
+    };
     tokio::time::sleep(RUN_UP).await;
 
     let calm = busy.watch(server, before).await;
     let stopped = Stopped::from(quiet, during).await?;
     tokio::time::sleep(RUN_UP).await;
     let stop = busy.watch(server, during).await;
-    let alive = is_alive(&mut tunnel).await;
+    let alive = is_alive(&mut tunnel, way, bench, server).await;
     let reset = stopped.leave();
     tokio::time::sleep(RUN_UP).await;
     let relief = busy.watch(server, after).await;
@@ -93,14 +110,69 @@ async fn quiet(addr: SocketAddr) -> Outcome<Vec<TcpStream>> {
     Ok(quiet)
 }
 
+/// Five times ten visitors of the web that asked for something once.
+struct Tens;
+
+impl Tens {
+    async fn connect(site: &Site, way: Way) -> Outcome<Vec<Vec<Visit>>> {
+        let mut tens: Vec<Vec<Visit>> = (0..5).map(|_| Vec::new()).collect();
+        for _ in 0..TEN {
+            let mut shared = None;
+            for ten in &mut tens {
+                let mut visit = match (&shared, way) {
+                    (None, Way::Http2) => site.http2().await?,
+                    (None, _) => site.http1().await?,
+                    (Some(connection), _) => Visit::stream(connection).ok_or("no streams")?,
+                };
+                visit.get(SMALL).await?;
+                if way == Way::Http2 {
+                    shared = visit.stream();
+                }
+                ten.push(visit);
+            }
+        }
+        Ok(tens)
+    }
+}
+
+/// Those that are going to stop.
+enum Quiet {
+    Raw(Vec<TcpStream>),
+    /// Ten that will not read, ten whose origin will not.
+    Web(Vec<Vec<Visit>>),
+}
+
 /// Those that stopped: half do not read, the others' origin does not.
 struct Stopped {
     readers: Vec<TcpStream>,
+    /// Answers that nobody reads, with their connections.
+    answers: Vec<(Visit, Response<Incoming>)>,
     writers: Vec<JoinHandle<()>>,
 }
 
 impl Stopped {
-    async fn from(mut quiet: Vec<TcpStream>, seconds: u64) -> Outcome<Self> {
+    async fn from(quiet: Quiet, seconds: u64) -> Outcome<Self> {
+        match quiet {
+            Quiet::Raw(quiet) => Self::raw(quiet, seconds).await,
+            Quiet::Web(tens) => Self::web(tens).await,
+        }
+    }
+
+    async fn web(mut tens: Vec<Vec<Visit>>) -> Outcome<Self> {
+        let mut answers = Vec::new();
+        for mut visit in tens.pop().unwrap_or_default() {
+            let answer = visit.begin_get(u64::MAX >> 1).await?;
+            answers.push((visit, answer));
+        }
+        let writers = tens.pop().unwrap_or_default().into_iter().map(|mut visit| {
+            tokio::spawn(async move {
+                let _ = visit.post_unread().await;
+            })
+        });
+        Ok(Self { readers: Vec::new(), answers, writers: writers.collect() })
+    }
+
+    async fn raw(mut quiet: Vec<TcpStream>, seconds: u64) -> Outcome<Self> {
         let mut writers = Vec::new();
         for mut tcp in quiet.split_off(TEN) {
             tcp.write_all(&Order::Hold(seconds + 60).bytes()).await?;
@@ -115,22 +187,32 @@ impl Stopped {
         for tcp in &mut quiet {
             tcp.write_all(&Order::Send(u64::MAX >> 1).bytes()).await?;
         }
-        Ok(Self { readers: quiet, writers })
+        Ok(Self { readers: quiet, answers: Vec::new(), writers })
     }
 
-    /// They break off; tells how many the server had reset already.
+    /// They break off; tells how many the server had reset already, as far as they
+    /// would notice without reading.
     fn leave(self) -> usize {
         let gone = |tcp: &&TcpStream| matches!(SockRef::from(*tcp).take_error(), Ok(Some(_)) | Err(_));
         let reset = self.readers.iter().filter(gone).count() + self.writers.iter().filter(|w| w.is_finished()).count();
         for writer in self.writers {
             writer.abort();
         }
+        drop(self.answers);
         reset
     }
 }
 
-async fn is_alive(tunnel: &mut Tunnel) -> bool {
-    let visit = within(RUN_UP * 5, "a visit", visitor::greet(tunnel.visitors)).await;
+async fn is_alive(tunnel: &mut Tunnel, way: Way, bench: &Bench, server: &Server) -> bool {
+    let addr = tunnel.visitors;
+    let visit = async {
+        match way {
+            Way::Orders => visitor::greet(addr).await,
+            Way::Raw | Way::Https => bench.site(way, addr, server).greet(false).await,
+            Way::Http2 => bench.site(way, addr, server).greet(true).await,
+        }
+    };
+    let visit = within(RUN_UP * 5, "a visit", visit).await;
     tunnel.runs().is_ok() && visit.is_ok()
 }
 
@@ -149,6 +231,27 @@ impl Busy {
             visits.spawn(async move { visitor::download(addr, until, Pace::Full, down).await.map(drop) });
             visits.spawn(async move { visitor::upload(addr, until, Pace::Full, up).await.map(drop) });
             visits.spawn(async move { visitor::echo(addr, until, echo).await.map(drop) });
+        }
+        Self { tallies, visits }
+    }
+
+    fn start_web(tens: Vec<Vec<Visit>>, until: Instant) -> Self {
+        let tallies: [Tally; 3] = Default::default();
+        let mut visits = JoinSet::new();
+        for (kind, (ten, tally)) in tens.into_iter().zip(&tallies).enumerate() {
+            for mut visit in ten {
+                let tally = tally.clone();
+                visits.spawn(async move {
+                    while Instant::now() < until {
+                        match kind {
+                            0 => drop(visit.get_counted(PIECE, |n| tally.add(n)).await?),
+                            1 => drop(visit.post_counted(PIECE, Some(tally.clone())).await?),
+                            _ => visit.get(SMALL).await.map(|_| tally.add(1))?,
+                        }
+                    }
+                    Ok(())
+                });
+            }
         }
         Self { tallies, visits }
     }
