@@ -8,7 +8,7 @@
 //! visitors. Visitors are tasks that wait for a millisecond, look a socket up by its
 //! name, and wait again; one is late by what that takes beyond the millisecond. Beside
 //! each: the same while nothing is read, on the same machine in the same run.
-#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
