@@ -31,6 +31,16 @@ pub(super) struct Upload {
     /// at the first poll of `incoming`.
     gate: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     announced: Option<Arc<Announced>>,
+    /// The pulse counts it.
+    counted: bool,
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if self.counted {
+            self.pulse.upload_ends();
+        }
+    }
 }
 
 /// A body that waits for the origin's word (RFC 9110 §10.1.1): sent after a 100 or
@@ -64,13 +74,17 @@ impl Announced {
 
 impl Upload {
     pub(super) fn new(incoming: Incoming, tally: Arc<Tally>, pulse: Arc<Pulse>) -> Self {
-        Self { incoming: Some(incoming), tally, pulse, gate: None, announced: None }
+        let counted = !incoming.is_end_stream();
+        if counted {
+            pulse.upload_begins();
+        }
+        Self { incoming: Some(incoming), tally, pulse, gate: None, announced: None, counted }
     }
 
     /// The same without a body, of which there was none.
     pub(super) fn empty_again(&self) -> Self {
         let (tally, pulse) = (Arc::clone(&self.tally), Arc::clone(&self.pulse));
-        Self { incoming: None, tally, pulse, gate: None, announced: None }
+        Self { incoming: None, tally, pulse, gate: None, announced: None, counted: false }
     }
 
     /// Keeps the body back until the origin wants it, or until `wait` has passed:

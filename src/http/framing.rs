@@ -106,6 +106,11 @@ impl Framing {
         Ok(())
     }
 
+    /// Whether all that was read are whole messages, and what follows is a head.
+    pub fn is_between(&self) -> bool {
+        self.at == At::RequestLine { empty: true } && !self.cr
+    }
+
     fn begin(&mut self) {
         self.at = At::RequestLine { empty: true };
         let mut text = std::mem::take(&mut self.head.text);

@@ -148,7 +148,6 @@ impl AsyncRead for VisitorIo {
             return Poll::Ready(Err(error));
         }
         if let Some(read) = buf.filled_mut().get_mut(before..).filter(|read| !read.is_empty()) {
-            self.pulse.received();
             if let Some(framing) = &mut self.framing
                 && let Err(at) = framing.read(read)
                 && let Some(unclear) = read.get_mut(at)
@@ -160,6 +159,7 @@ impl AsyncRead for VisitorIo {
                 self.refused = true;
                 buf.set_filled(before + at + 1);
             }
+            self.pulse.received(self.framing.as_ref().is_some_and(Framing::is_between));
         } else {
             self.ended = true;
             if self.pulse.hold_eof(cx.waker()) {
@@ -198,6 +198,7 @@ impl AsyncWrite for VisitorIo {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.pulse.ends();
         ready!(self.stream()?.poll_shutdown(cx))?;
         self.shut = true;
         Poll::Ready(Ok(()))

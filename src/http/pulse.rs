@@ -45,6 +45,13 @@ struct State {
     head: Option<Instant>,
     /// When hyper's part of it was made last.
     made: Instant,
+    /// What came so far are whole messages.
+    between: bool,
+    /// Requests whose body is still wanted; a request may be answered before its body
+    /// has come.
+    uploads: usize,
+    /// hyper has begun to close.
+    ending: bool,
     /// Nothing has come yet.
     fresh: bool,
     closing: bool,
@@ -91,6 +98,9 @@ impl Pulse {
                 since: Instant::now(),
                 head: None,
                 made: Instant::now(),
+                between: true,
+                uploads: 0,
+                ending: false,
                 fresh: true,
                 closing: false,
                 flushed: true,
@@ -144,9 +154,28 @@ impl Pulse {
         self.state.lock().latest.take()
     }
 
-    /// Bytes came from the visitor.
-    pub(super) fn received(&self) {
+    /// A request's body is to come.
+    pub(super) fn upload_begins(&self) {
+        self.state.lock().uploads += 1;
+    }
+
+    /// A request's body has come, or nobody wants it any more.
+    pub(super) fn upload_ends(&self) {
         let mut s = self.state.lock();
+        s.uploads = s.uploads.saturating_sub(1);
+        // hyper is still to learn it.
+        s.since = s.since.max(Instant::now());
+    }
+
+    /// hyper closes the connection.
+    pub(super) fn ends(&self) {
+        self.state.lock().ending = true;
+    }
+
+    /// Bytes came from the visitor, up to a message's end where they are `between`.
+    pub(super) fn received(&self, between: bool) {
+        let mut s = self.state.lock();
+        s.between = between;
         if s.live == 0 {
             if self.serial {
                 s.head.get_or_insert_with(Instant::now);
@@ -334,9 +363,12 @@ impl Pulse {
 }
 
 impl State {
-    /// Whether nothing is under way in either direction.
+    /// Whether hyper only waits for a next head. In any other state of its own another
+    /// one would take what is left of a body for a request.
     fn may_rest(&self, serial: bool) -> bool {
-        serial && self.flushed && self.eof == Eof::Unseen && self.upgrade.is_none() && !self.abort
+        let idle = self.live == 0 && self.uploads == 0 && self.between && self.flushed;
+        let stays = self.eof == Eof::Unseen && self.upgrade.is_none() && !self.ending && !self.abort;
+        serial && idle && stays
     }
 
     fn release_eof(&mut self) {

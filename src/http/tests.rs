@@ -145,10 +145,14 @@ impl World {
 
     fn visit(&self, via: Via) -> DuplexStream {
         let (near, far) = duplex(64 << 10);
+        self.visit_over(Stream::other(far), via);
+        near
+    }
+
+    fn visit_over(&self, stream: Stream, via: Via) {
         let (http, drain, cut) = (Arc::clone(&self.http), self.drain.clone(), self.cut.clone());
         let visitor = Visitor::new("198.51.100.7:5000".parse().unwrap(), "192.0.2.1:8443".parse().unwrap());
-        tokio::spawn(async move { http.serve(Stream::other(far), visitor, via, &drain, &cut).await });
-        near
+        tokio::spawn(async move { http.serve(stream, visitor, via, &drain, &cut).await });
     }
 
     fn plain(&self) -> DuplexStream {
@@ -889,6 +893,102 @@ async fn an_idle_connection_is_used_again_after_any_rest() {
     let asked = Instant::now();
     assert_eq!(read_all(&mut io).await, "");
     assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
+}
+
+/// An origin that answers right after the head, and tells what came of the body.
+fn early(bytes: usize) -> (World, mpsc::UnboundedReceiver<String>) {
+    let (tell, told) = mpsc::unbounded_channel();
+    let world = World::new(HttpSettings::default(), move |mut io| {
+        let tell = tell.clone();
+        async move {
+            read_head(&mut io).await;
+            let _ = io.write_all(ok("early").as_bytes()).await;
+            let mut body = vec![0; bytes];
+            let came = io.read_exact(&mut body).await.is_ok();
+            let _ = tell.send(if came { String::from_utf8(body).unwrap() } else { "broke off".to_owned() });
+        }
+    });
+    (world, told)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_does_not_rest_while_an_answered_upload_goes_on() {
+    let body = get("b.test", "x-hidden: in a body\r\n");
+    let (world, mut told) = early(body.len());
+    let mut io = world.plain();
+    let head = format!("POST / HTTP/1.1\r\nhost: a.test\r\ncontent-length: {}\r\n\r\n", body.len());
+    io.write_all(head.as_bytes()).await.unwrap();
+    let answer = read_until(&mut io, "early").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    // Long enough for a rest, were it idle.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    io.write_all(body.as_bytes()).await.unwrap();
+    assert_eq!(soon(told.recv()).await.as_deref(), Some(body.as_str()));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(world.records(1).await.len(), 1, "what was in a body is no request");
+    io.write_all(get("a.test", "").as_bytes()).await.unwrap();
+    assert!(read_until(&mut io, "early").await.starts_with("HTTP/1.1 200"), "the connection stays");
+}
+
+#[tokio::test(start_paused = true)]
+async fn half_a_pipelined_head_outlasts_the_answer_before_it() {
+    let world = World::echo(|_| ok("x"));
+    let mut io = world.plain();
+    let second = get("a.test", "");
+    let (half, rest) = second.split_at(9);
+    io.write_all(format!("{}{half}", get("a.test", "")).as_bytes()).await.unwrap();
+    read_until(&mut io, "\r\n\r\nx").await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    io.write_all(rest.as_bytes()).await.unwrap();
+    assert!(read_until(&mut io, "\r\n\r\nx").await.starts_with("HTTP/1.1 200"));
+}
+
+/// A visitor's stream whose end does not get out, as of one who reads nothing.
+struct Unending(DuplexStream);
+
+impl tokio::io::AsyncRead for Unending {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        buf: &mut tokio::io::ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl tokio::io::AsyncWrite for Unending {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut std::task::Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Pending
+    }
+}
+
+impl crate::stream::Duplex for Unending {
+    fn reset(&mut self) {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_after_the_end_of_a_connection_is_no_request() {
+    let world = World::echo(|_| ok("x"));
+    let (mut io, far) = duplex(64 << 10);
+    world.visit_over(Stream::other(Unending(far)), Via { protocol: Protocol::Http1, tls: None });
+    io.write_all(get("a.test", "connection: close\r\n").as_bytes()).await.unwrap();
+    read_until(&mut io, "\r\n\r\nx").await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let _ = io.write_all(get("a.test", "").as_bytes()).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(world.records(1).await.len(), 1);
 }
 
 #[tokio::test]
