@@ -31,6 +31,16 @@ const FORWARD: SocketAddr = SocketAddr::new(IP, 7000);
 
 const START: Duration = Duration::from_secs(15);
 
+/// Waits until nobody listens there.
+async fn free(ports: [SocketAddr; 2]) -> Outcome<()> {
+    for addr in ports {
+        while tokio::net::TcpListener::bind(addr).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    Ok(())
+}
+
 /// What is measured.
 #[derive(Debug, Clone)]
 pub struct System {
@@ -183,6 +193,8 @@ impl Server {
             Kind::Haproxy { .. } => return Err("it has no tunnels".into()),
         };
         let also = more.is_some().then_some(HTTPS);
+        // The one before was killed, with 10,000 connections that are still being closed.
+        within(START, "the ports", free([SSH, HTTPS])).await?;
         for (name, command) in [("the server", Some(command)), ("nginx", more)] {
             if let Some(command) = command {
                 server.programs.push(Program::start(name, command, server.dir.path())?);
