@@ -211,7 +211,7 @@ impl Default for Config {
 pub struct NodeSettings {
     /// The folder for all that is kept between runs.
     pub state: PathBuf,
-    /// Threads that serve visitors; 0 = one per core.
+    /// Threads that serve visitors, each whole sessions with theirs; 0 = one per core.
     pub workers: usize,
     /// This node's name, if it is not the host's.
     pub name: Option<HostName>,

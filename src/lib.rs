@@ -24,10 +24,15 @@
 //! far end of `ssh -R`; *feed*: where records come from; *fleet*: the nodes of one feed;
 //! *location*: a tunnel at the node where it is logged in; *gate*: what visitors must pass.
 //!
+//! ## Threads
+//! One runtime of one thread a core (`cores`) serves sessions and visitors, a visitor
+//! where their session is: a request wakes no other thread. All else runs on a runtime
+//! of its own, and the follower on its own thread.
+//!
 //! ## Tasks and who owns them
 //! | task | started by | ends |
 //! |---|---|---|
-//! | accept loop, one a listener | `node`, `ingress::ports` | closing, or the port is withdrawn |
+//! | accept loop, one a listener | `ingress` | closing, or the port is withdrawn |
 //! | visit, one a visitor (HTTP adds one a stream) | accept loops | with the visitor; cut at the drain's deadline |
 //! | owner, one an SSH connection; its registrar and consoles | accept loops, `tunnel` | with the connection |
 //! | follower | `node` | stop |
@@ -38,6 +43,7 @@
 //! | a connection of another node | `fleet::Door` | with it, or stop |
 //! | control connections | `control` | stop |
 
+pub mod cores; // the threads that serve
 pub mod drain; // the stages of the shutdown
 pub mod error; // why a visit failed
 pub mod fields; // reads settings and records, every mistake at once
@@ -111,6 +117,7 @@ mod tests {
         "visit_log",
         "metrics",
         "drain",
+        "cores",
         "tls",
     ];
 

@@ -10,6 +10,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use adit::config::{Config, LogFormat, LogSettings};
+use adit::cores::Cores;
 use adit::fields::Mistake;
 use adit::fleet::authority;
 use adit::model::{AccountId, NodeId};
@@ -223,20 +224,24 @@ fn make_certificates(nodes: &[NodeId], dir: &Path, days: u32) -> ExitCode {
 
 fn run(settings: Config) -> ExitCode {
     log_to_stderr(&settings.log);
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if settings.node.workers > 0 {
-        runtime.worker_threads(settings.node.workers);
-    }
-    let runtime = match runtime.enable_all().thread_name("adit").build() {
-        Ok(runtime) => runtime,
+    let workers = match settings.node.workers {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        workers => workers,
+    };
+    // What serves nobody must not hold up who is served.
+    let office = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().thread_name("adit").build();
+    let (office, cores, runtimes) = match office.and_then(|office| Ok((office, Cores::start(workers)?))) {
+        Ok((office, (cores, runtimes))) => (office, cores, runtimes),
         Err(error) => {
-            eprintln!("adit: cannot start: no runtime: {error}");
+            eprintln!("adit: cannot start: no threads: {error}");
             return ExitCode::from(NOT_STARTED);
         }
     };
-    let ended = runtime.block_on(node::run(settings));
+    let ended = office.block_on(node::run(settings, cores));
     // Blocking reads (a store on a hung disk) must not keep the process alive.
-    runtime.shutdown_background();
+    for runtime in runtimes.into_iter().chain([office]) {
+        runtime.shutdown_background();
+    }
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -63,6 +63,11 @@ const GAUGES: &[(&str, Unit, &str)] = &[
     ("adit_visitors", Unit::Count, "Visitors' connections open now, by door"),
     ("adit_http_connections", Unit::Count, "Visitors' HTTP connections open now, by protocol"),
     (
+        "adit_core_busy_ratio",
+        Unit::Count,
+        "The share of its time that each thread that serves visitors worked of late, by core",
+    ),
+    (
         "adit_http_connections_resting",
         Unit::Count,
         "Of these, those of HTTP/1 that were idle for a second and take little memory",

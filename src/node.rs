@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 use crate::checks::Checks;
 use crate::config::Config;
 use crate::control::{self, ControlSettings, ControlState, Mysocket, MysocketHooks, MysocketParts};
+use crate::cores::Cores;
 use crate::dial::Dialer;
 use crate::drain::{DrainSettings, Stages};
 use crate::feed::follower::{self, Follower, Following};
@@ -104,11 +105,12 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Runs the node until it is told to stop (SIGTERM, SIGINT) and has drained.
+/// Runs the node until it is told to stop (SIGTERM, SIGINT) and has drained. Visitors
+/// and owners are served on `cores`, all else on the caller's runtime.
 ///
 /// # Errors
 /// Why it could not start, or what broke it.
-pub async fn run(config: Config) -> Result<(), Failure> {
+pub async fn run(config: Config, cores: Cores) -> Result<(), Failure> {
     let mut signals = Signals::install().map_err(|e| Failure::Start(format!("signals cannot be handled: {e}")))?;
     let state = StateDir::open(&config.node.state)?;
     let exporter = Exporter::install().map_err(Failure::Start)?;
@@ -176,7 +178,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     };
     if let Some(fleet) = &fleet {
         tasks.spawn(Arc::clone(fleet).run(stop.clone()));
-        let door = fleet::Door::new(Arc::clone(fleet), config.relay.clone(), stages.clone());
+        let door = fleet::Door::new(Arc::clone(fleet), config.relay.clone(), stages.clone(), cores.clone());
         for listener in listeners.fleet {
             tasks.spawn(Arc::clone(&door).open(listener, stop.clone()));
         }
@@ -223,6 +225,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         http,
         owners: Arc::clone(&owners),
         owner_tasks: owner_tasks.clone(),
+        cores: cores.clone(),
         stages: stages.clone(),
         hello: config.hello,
         relay: config.relay.clone(),
@@ -239,8 +242,9 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let hooks = control::NodeHooks {
         status: status(&config, &bound, &tunnels, &routes, &ports, fleet.as_ref()),
         metrics: {
-            let owners = Arc::clone(&owners);
+            let (owners, cores) = (Arc::clone(&owners), cores.clone());
             Box::new(move || {
+                cores.tell();
                 metrics::gauge!("adit_tunnel_outstanding_bytes").set(owners.outstanding_bytes() as f64);
                 let queued = visit_log::access_log().map_or(0, AccessLog::queued);
                 metrics::gauge!("adit_access_log_queue").set(queued as f64);
@@ -268,12 +272,12 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         tasks.spawn(control::serve(listener, Arc::clone(&control), stop.clone()));
     }
     for (door, listener) in listeners.visitors {
-        tasks.spawn(Arc::clone(&ingress).open(door, listener, closed.clone()));
+        ingress.open(&tasks, door, listener, closed.clone());
     }
     // Owners may log in until the end of the drain: their sessions are what visitors use.
     let owners_closed = CancellationToken::new();
     for listener in listeners.owners {
-        tasks.spawn(Arc::clone(&ingress).open_to_owners(listener, owners_closed.clone()));
+        ingress.open_to_owners(&tasks, listener, owners_closed.clone());
     }
     state.write_listening(&bound)?;
     ready.store(true, Ordering::Release);

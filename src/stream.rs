@@ -3,6 +3,7 @@
 //! put back in front. Who opens, routes or relays streams is elsewhere.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -29,6 +30,10 @@ pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {
     fn broken(&self) -> bool {
         false
     }
+
+    /// Has the caller's runtime tell of its bytes, after another one did: a wake-up less
+    /// for each. Where that cannot be, the other one goes on to tell.
+    fn rehome(&mut self) {}
 
     /// Ready once reading may give something, for one who waits long and would not
     /// keep memory to read into. At once where that is not known.
@@ -118,6 +123,13 @@ impl Duplex for Stream {
         }
     }
 
+    fn rehome(&mut self) {
+        match &mut self.io {
+            Io::Tcp(tcp) => Duplex::rehome(tcp),
+            Io::Other(io) => io.rehome(),
+        }
+    }
+
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.io {
             _ if !self.head.is_empty() => Poll::Ready(()),
@@ -137,6 +149,14 @@ impl Duplex for TcpStream {
         !matches!(self.take_error(), Ok(None))
     }
 
+    fn rehome(&mut self) {
+        // Another descriptor of the connection, for this one is not ours to give away.
+        let tcp = self.as_fd().try_clone_to_owned();
+        if let Ok(tcp) = tcp.and_then(|tcp| TcpStream::from_std(tcp.into())) {
+            *self = tcp;
+        }
+    }
+
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.poll_read_ready(cx).map(|_| ())
     }
@@ -149,6 +169,10 @@ impl<S: Duplex> Duplex for tokio_rustls::server::TlsStream<S> {
 
     fn broken(&self) -> bool {
         self.get_ref().0.broken()
+    }
+
+    fn rehome(&mut self) {
+        self.get_mut().0.rehome();
     }
 
     /// For one who has read all that there was: what is opened already is not seen.
@@ -164,6 +188,10 @@ impl<S: Duplex> Duplex for tokio_rustls::client::TlsStream<S> {
 
     fn broken(&self) -> bool {
         self.get_ref().0.broken()
+    }
+
+    fn rehome(&mut self) {
+        self.get_mut().0.rehome();
     }
 }
 

@@ -98,7 +98,7 @@ impl Node {
         std::thread::spawn(|| {
             // One thread: what happens does so in the same order each time.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(adit::node::run(config)).unwrap();
+            runtime.block_on(async { adit::node::run(config, adit::cores::Cores::one()).await }).unwrap();
         });
         eventually("the node", || dir.join("state/listening.json").exists());
         let key = dir.join("key");

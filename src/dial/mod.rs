@@ -18,13 +18,14 @@ pub use crate::fleet::Errand;
 
 use self::choice::Head;
 use self::health::Health;
+use crate::cores::Core;
 use crate::error::Error;
 use crate::fields::Fields;
 use crate::fleet::{Fleet, Peer, Place};
 use crate::limits::Permit;
 use crate::model::{NodeId, TunnelId};
 use crate::routes::Route;
-use crate::stream::Stream;
+use crate::stream::{Duplex, Stream};
 use crate::tunnel::{Attachment, Tunnels};
 use crate::visit_log::{Far, Sink, Visit, line};
 
@@ -217,6 +218,13 @@ impl Dialer {
         Self { tunnels, fleet, health: Health::new(settings.health.clone()), settings }
     }
 
+    /// Where a visitor of a socket had best be served: with one of its tunnels, another
+    /// one each `turn`. None where none is here.
+    pub fn core(&self, route: &Route, turn: usize) -> Option<Core> {
+        let (before, from) = route.tunnels.split_at(turn.checked_rem(route.tunnels.len()).unwrap_or(0));
+        from.iter().chain(before).find_map(|tunnel| self.tunnels.core(tunnel))
+    }
+
     /// How long one attempt may take before another is made beside it.
     fn patience(&self) -> Instant {
         Instant::now() + self.tunnels.settings().open_patience
@@ -256,7 +264,11 @@ impl Dialer {
                 self.tunnels.open(attachment, errand.visitor).await.map(|stream| (stream, None))
             }
             (Candidate::There { place, .. }, Some(fleet)) => {
-                fleet.open(place, errand).await.map(|(stream, took)| (stream, Some(took)))
+                fleet.open(place, errand).await.map(|(mut stream, took)| {
+                    // It was made ready elsewhere.
+                    stream.rehome();
+                    (stream, Some(took))
+                })
             }
             (Candidate::There { .. }, None) => Err(Error::NoTunnel),
         };

@@ -14,13 +14,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::wire::{Frame, Open};
 use super::{Fleet, identity};
+use crate::cores::Cores;
 use crate::drain::Stages;
 use crate::error::Error;
 use crate::limits::{PerAddress, Permit};
 use crate::metrics::Present;
 use crate::model::NodeId;
 use crate::relay::{RelaySettings, Relayed, relay};
-use crate::stream::Stream;
+use crate::stream::{Duplex, Stream};
 use crate::tcp;
 
 /// From the connection to a whole `Hello`, TLS included.
@@ -39,6 +40,7 @@ pub struct Door {
     fleet: Arc<Fleet>,
     relay: RelaySettings,
     stages: Stages,
+    cores: Cores,
     streams: Arc<AtomicUsize>,
     /// All that are open, those that wait too.
     connections: Arc<AtomicUsize>,
@@ -47,9 +49,9 @@ pub struct Door {
 
 impl Door {
     /// A door that nobody has opened yet.
-    pub fn new(fleet: Arc<Fleet>, relay: RelaySettings, stages: Stages) -> Arc<Self> {
+    pub fn new(fleet: Arc<Fleet>, relay: RelaySettings, stages: Stages, cores: Cores) -> Arc<Self> {
         let unknown = PerAddress::new(UNKNOWN, false);
-        Arc::new(Self { fleet, relay, stages, streams: Arc::default(), connections: Arc::default(), unknown })
+        Arc::new(Self { fleet, relay, stages, cores, streams: Arc::default(), connections: Arc::default(), unknown })
     }
 
     /// Takes nodes from a listener until `closed`: also while this node drains, since
@@ -73,7 +75,7 @@ impl Door {
         .await;
     }
 
-    async fn serve(&self, tcp: TcpStream, addr: SocketAddr, done: &CancellationToken) -> io::Result<()> {
+    async fn serve(self: &Arc<Self>, tcp: TcpStream, addr: SocketAddr, done: &CancellationToken) -> io::Result<()> {
         // As many may wait as may be open.
         let most = self.fleet.means.settings.streams.saturating_mul(2);
         let _place =
@@ -133,7 +135,7 @@ impl Door {
     }
 
     /// Serves what is asked for on a connection: refusals, then at most one visitor.
-    async fn streams(&self, mut stream: Stream, from: &NodeId, done: &CancellationToken) -> io::Result<()> {
+    async fn streams(self: &Arc<Self>, mut stream: Stream, from: &NodeId, done: &CancellationToken) -> io::Result<()> {
         loop {
             let Frame::Open(open) = timeout(WAIT, Frame::read(&mut stream)).await?? else {
                 return Err(io::ErrorKind::InvalidData.into());
@@ -146,7 +148,14 @@ impl Door {
                     stream.flush().await?;
                     let _place = place;
                     let _present = Present::new(metrics::gauge!("adit_fleet_streams", "side" => "owner"));
-                    let relayed = self.relay(stream, origin, done).await;
+                    // With the owner's session.
+                    let core = self.fleet.tunnels.core(&open.tunnel);
+                    let (door, done) = (Arc::clone(self), done.clone());
+                    let relayed = self.cores.run(core, async move {
+                        stream.rehome();
+                        door.relay(stream, origin, &done).await
+                    });
+                    let relayed = relayed.await?;
                     metrics::counter!("adit_fleet_bytes_total", "direction" => "up").increment(relayed.up);
                     metrics::counter!("adit_fleet_bytes_total", "direction" => "down").increment(relayed.down);
                     tracing::debug!(

@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use self::hello::HelloSettings;
 pub use self::ports::Ports;
+use crate::cores::{Core, Cores};
 use crate::dial::Dialer;
 use crate::drain::Stages;
 use crate::error::Error;
@@ -26,7 +27,7 @@ use crate::limits::PerAddress;
 use crate::model::Visitor;
 use crate::proxy_protocol::{self, Told};
 use crate::relay::RelaySettings;
-use crate::routes::Routes;
+use crate::routes::{Route, Routes};
 use crate::tcp::{self, TcpSettings};
 use crate::tls::Certificates;
 use crate::tunnel;
@@ -108,6 +109,8 @@ pub struct Parts {
     pub owners: Arc<tunnel::Server>,
     /// Tracks owners' sessions.
     pub owner_tasks: TaskTracker,
+    /// Where visitors and owners are served.
+    pub cores: Cores,
     /// The stages of the shutdown.
     pub stages: Stages,
     /// `[hello]`.
@@ -136,19 +139,37 @@ impl Ingress {
     }
 
     /// Takes visitors from a listener until `closed`; those who came stay.
-    pub async fn open(self: Arc<Self>, door: Door, listener: TcpListener, closed: CancellationToken) {
+    pub fn open(self: &Arc<Self>, tasks: &TaskTracker, door: Door, listener: TcpListener, closed: CancellationToken) {
+        let ingress = Arc::clone(self);
+        self.parts.cores.listen(tasks, listener, move |listener| ingress.accept(door, listener, closed));
+    }
+
+    /// Takes owners from a listener until `closed`.
+    pub fn open_to_owners(self: &Arc<Self>, tasks: &TaskTracker, listener: TcpListener, closed: CancellationToken) {
+        let ingress = Arc::clone(self);
+        self.parts.cores.listen(tasks, listener, move |listener| ingress.accept_owners(listener, closed));
+    }
+
+    async fn accept(self: Arc<Self>, door: Door, listener: TcpListener, closed: CancellationToken) {
         let tcp_settings = self.parts.tcp.clone();
         tcp::accept_loop(listener, closed, |tcp, addr| {
             let Ok(local) = tcp.local_addr() else { return };
             tcp::prepare_accepted(&tcp, &tcp_settings);
-            let visit = Arc::clone(&self).visit(door, tcp, Visitor::new(addr, local));
-            self.parts.stages.visitors.spawn(visit);
+            let core = match door {
+                Door::Raw => self.core(self.parts.routes.by_port(local.port()).as_deref(), addr),
+                Door::Http => self.parts.cores.choose(None),
+                // Whose visitor it is is known when the first bytes are, and they are here
+                // soon.
+                Door::Https => Core::here().unwrap_or_else(|| self.parts.cores.choose(None)),
+            };
+            let (ingress, visitor) = (Arc::clone(&self), Visitor::new(addr, local));
+            let visit = move |tcp| ingress.visit(door, tcp, visitor);
+            self.parts.cores.serve(core, &self.parts.stages.visitors, tcp, visit);
         })
         .await;
     }
 
-    /// Takes owners from a listener until `closed`.
-    pub async fn open_to_owners(self: Arc<Self>, listener: TcpListener, closed: CancellationToken) {
+    async fn accept_owners(self: Arc<Self>, listener: TcpListener, closed: CancellationToken) {
         let tcp_settings = self.parts.tcp.clone();
         tcp::accept_loop(listener, closed, |tcp, addr| {
             tcp::prepare_accepted(&tcp, &tcp_settings);
@@ -165,6 +186,12 @@ impl Ingress {
             });
         })
         .await;
+    }
+
+    /// Where a visitor from `addr` is served, by what is known of where they go.
+    fn core(&self, route: Option<&Route>, addr: SocketAddr) -> Core {
+        let home = route.and_then(|route| self.parts.dialer.core(route, addr.port().into()));
+        self.parts.cores.choose(home)
     }
 
     /// Whether connections from there begin with a PROXY protocol header.
@@ -187,6 +214,8 @@ impl Ingress {
 
     /// Hands a connection that speaks SSH over to the tunnels' side.
     fn owner(&self, tcp: TcpStream, head: Bytes, addr: SocketAddr) {
-        self.parts.owner_tasks.spawn(Arc::clone(&self.parts.owners).serve(tcp, head, addr));
+        let owners = Arc::clone(&self.parts.owners);
+        let cores = &self.parts.cores;
+        cores.serve(cores.choose(None), &self.parts.owner_tasks, tcp, move |tcp| owners.serve(tcp, head, addr));
     }
 }

@@ -101,7 +101,7 @@ impl Ports {
                 Ok(listeners) => {
                     let close = closed.child_token();
                     for listener in listeners {
-                        tasks.spawn(Arc::clone(ingress).open(Door::Raw, listener, close.clone()));
+                        ingress.open(tasks, Door::Raw, listener, close.clone());
                     }
                     open.insert(port, close);
                     self.failed.lock().remove(&port);

@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 
 use super::hello::{self, Hello};
 use super::{Door, Ingress};
+use crate::cores::Core;
 use crate::dial::{Dial, Errand, Way};
 use crate::drain::Stages;
 use crate::error::Error;
@@ -35,6 +36,9 @@ struct Outer {
     client: Option<Client>,
 }
 
+/// What counts a visitor in until it is gone.
+type Counted = ((Permit, AddressPermit), Present);
+
 impl Ingress {
     /// One visitor, from the first byte to the last.
     pub(super) async fn visit(self: Arc<Self>, door: Door, mut tcp: TcpStream, mut visitor: Visitor) {
@@ -42,15 +46,14 @@ impl Ingress {
             Ok(admitted) => admitted,
             Err(error) => return self.turned_away(door, &visitor, error),
         };
-        let _present = Present::new(metrics::gauge!("adit_visitors", "door" => door.as_str()));
+        let counted = (admitted, Present::new(metrics::gauge!("adit_visitors", "door" => door.as_str())));
         let failed = match door {
             Door::Raw => self.by_port(tcp, &visitor).await,
-            Door::Http | Door::Https => self.by_first_bytes(door, tcp, visitor).await,
+            Door::Http | Door::Https => self.by_first_bytes(door, tcp, visitor, counted).await,
         };
         if let Err(error) = failed {
             self.turned_away(door, &visitor, error);
         }
-        drop(admitted);
     }
 
     /// The limits at the door; and who it is, where a proxy brings them.
@@ -118,39 +121,70 @@ impl Ingress {
     }
 
     /// The shared ports: what do they speak?
-    async fn by_first_bytes(self: &Arc<Self>, door: Door, mut tcp: TcpStream, visitor: Visitor) -> Result<(), Error> {
+    async fn by_first_bytes(
+        self: &Arc<Self>,
+        door: Door,
+        mut tcp: TcpStream,
+        visitor: Visitor,
+        counted: Counted,
+    ) -> Result<(), Error> {
         let (hello, head) = hello::peek(&mut tcp, &self.parts.hello).await?;
+        let plain = |protocol| Via { protocol, tls: None };
         match (door, hello) {
             (Door::Https, Hello::Tls(client)) => {
-                // Nobody passes through in place of a host of the node's own.
-                let name = client.sni.name().filter(|name| !self.parts.http.is_own_host(name.as_str()));
-                let passed = name.and_then(|name| self.parts.routes.by_host(name.as_str()));
-                let stream = Stream::tcp(tcp).with_head(head);
-                if let Some(route) = passed.filter(|r| r.socket.kind == SocketType::Passthrough) {
-                    let outer = Outer { sni: client.sni.name().cloned(), ..Outer::default() };
-                    Box::pin(self.raw(&route, &visitor, stream, outer)).await;
-                    return Ok(());
+                let name = client.sni.name().cloned();
+                let route = name.as_ref().and_then(|name| self.parts.routes.by_host(name.as_str()));
+                let core = self.core(route.as_deref(), visitor.addr);
+                let ingress = Arc::clone(self);
+                let go_on = move |tcp| async move {
+                    let stream = Stream::tcp(tcp).with_head(head);
+                    if let Err(error) = ingress.by_name(stream, name, route, visitor).await {
+                        ingress.turned_away(door, &visitor, error);
+                    }
+                    drop(counted);
+                };
+                if Core::here() == Some(core) {
+                    go_on(tcp).await;
+                } else {
+                    self.parts.cores.serve(core, &self.parts.stages.visitors, tcp, go_on);
                 }
-                let begun = Instant::now();
-                let tls = self.parts.tls.accept(stream, Purpose::Http).await?;
-                let took = begun.elapsed();
-                let certificate = tls.certificate;
-                let covers = Arc::new(move |host: &str| certificate.covers(host));
-                let protocol = if tls.h2 { Protocol::Http2 } else { Protocol::Http1 };
-                let via = Via { protocol, tls: Some(Tls { sni: tls.sni, covers, took }) };
-                self.http(tls.stream, visitor, via).await;
             }
             (Door::Http, Hello::Http1) => {
-                self.http(Stream::tcp(tcp).with_head(head), visitor, Via { protocol: Protocol::Http1, tls: None })
-                    .await;
+                self.http(Stream::tcp(tcp).with_head(head), visitor, plain(Protocol::Http1)).await;
             }
             (Door::Http, Hello::Http2) => {
-                self.http(Stream::tcp(tcp).with_head(head), visitor, Via { protocol: Protocol::Http2, tls: None })
-                    .await;
+                self.http(Stream::tcp(tcp).with_head(head), visitor, plain(Protocol::Http2)).await;
             }
             (Door::Https, Hello::Ssh) => self.owner(tcp, head, visitor.addr),
             _ => return Err(Error::HelloUnknown),
         }
+        Ok(())
+    }
+
+    /// TLS on the shared port: the socket of the name that is asked for, or what it is
+    /// asked in HTTP.
+    async fn by_name(
+        &self,
+        stream: Stream,
+        name: Option<HostName>,
+        route: Option<Arc<Route>>,
+        visitor: Visitor,
+    ) -> Result<(), Error> {
+        // Nobody passes through in place of a host of the node's own.
+        let is_own = name.as_ref().is_some_and(|name| self.parts.http.is_own_host(name.as_str()));
+        if let Some(route) = route.filter(|route| route.socket.kind == SocketType::Passthrough && !is_own) {
+            let outer = Outer { sni: name, ..Outer::default() };
+            Box::pin(self.raw(&route, &visitor, stream, outer)).await;
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let tls = self.parts.tls.accept(stream, Purpose::Http).await?;
+        let took = begun.elapsed();
+        let certificate = tls.certificate;
+        let covers = Arc::new(move |host: &str| certificate.covers(host));
+        let protocol = if tls.h2 { Protocol::Http2 } else { Protocol::Http1 };
+        let via = Via { protocol, tls: Some(Tls { sni: tls.sni, covers, took }) };
+        self.http(tls.stream, visitor, via).await;
         Ok(())
     }
 

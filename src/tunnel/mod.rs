@@ -28,6 +28,7 @@ pub use self::register::Urls;
 use self::revoked::RevokedKeys;
 pub use self::server::{HostKeyType, Server, host_key};
 pub use self::session::{Bind, Session};
+use crate::cores::Core;
 use crate::error::Error;
 use crate::feed::Feed;
 use crate::feed::records::Records;
@@ -358,6 +359,11 @@ impl Tunnels {
         let mut candidates: Vec<_> = attached.iter().rev().filter(|a| self.is_entitled(a, &record)).cloned().collect();
         candidates.sort_by_key(|attachment| attachment.fails());
         candidates
+    }
+
+    /// Where the latest login of a tunnel is served, of those here.
+    pub fn core(&self, tunnel: &TunnelId) -> Option<Core> {
+        self.live.get(tunnel)?.last()?.session.core
     }
 
     /// Whether checks fail of all that serve a tunnel here.

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::console::Console;
 use super::keys::Login;
 use super::{Attached, Tunnels};
+use crate::cores::Core;
 use crate::error::Error;
 use crate::feed::Lease;
 use crate::limits::Permit;
@@ -35,6 +36,8 @@ pub struct Session {
     pub id: u64,
     /// Where the owner comes from.
     pub peer: SocketAddr,
+    /// Where it is served.
+    pub core: Option<Core>,
     /// When it connected.
     pub since: SystemTime,
     /// The owner's log.
@@ -60,6 +63,7 @@ impl Session {
         Self {
             id,
             peer,
+            core: Core::here(),
             since: SystemTime::now(),
             console: Arc::default(),
             ended: CancellationToken::new(),

@@ -1,0 +1,269 @@
+//! One runtime a core. A session and its visitors are served by one thread, so that a
+//! request wakes no other: threads that take tasks from each other cost a small request
+//! 13 to 22 % more (docs/speed.md). A visitor is moved once, when it is known whose they
+//! are; a core that is busy gets no more of them.
+
+use std::cell::Cell;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+
+/// A core that works more than this share of the time gets no more visitors for the
+/// sake of their session.
+const BUSY: f64 = 0.75;
+/// A difference that is no chance.
+const CLEARLY: f64 = 0.1;
+/// Over how long it is measured, at least.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Which core.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Core(usize);
+
+thread_local! {
+    static HERE: Cell<Option<Core>> = const { Cell::new(None) };
+}
+
+impl Core {
+    /// The one whose thread this is; none where nobody is served.
+    pub fn here() -> Option<Self> {
+        HERE.get()
+    }
+}
+
+/// All cores of this node.
+#[derive(Debug, Clone)]
+pub struct Cores(Arc<All>);
+
+#[derive(Debug)]
+struct All {
+    runtimes: Vec<Handle>,
+    next: AtomicUsize,
+    load: Mutex<Load>,
+}
+
+/// How busy each was, when it was looked at last.
+#[derive(Debug)]
+struct Load {
+    at: Instant,
+    worked: Vec<Duration>,
+    share: Vec<f64>,
+}
+
+impl Cores {
+    /// So many runtimes, of one thread each.
+    ///
+    /// # Errors
+    /// No threads are to be had.
+    pub fn start(count: usize) -> io::Result<(Self, Vec<Runtime>)> {
+        let start = |number: usize| {
+            Builder::new_multi_thread()
+                .worker_threads(1)
+                .enable_all()
+                .thread_name(format!("adit-{number}"))
+                .on_thread_start(move || HERE.set(Some(Core(number))))
+                .build()
+        };
+        let runtimes = (0..count.max(1)).map(start).collect::<io::Result<Vec<_>>>()?;
+        Ok((Self::of(runtimes.iter().map(|runtime| runtime.handle().clone()).collect()), runtimes))
+    }
+
+    /// The caller's runtime and no other.
+    pub fn one() -> Self {
+        Self::of(vec![Handle::current()])
+    }
+
+    fn of(runtimes: Vec<Handle>) -> Self {
+        let count = runtimes.len();
+        let load = Load { at: Instant::now(), worked: vec![Duration::ZERO; count], share: vec![0.0; count] };
+        Self(Arc::new(All { runtimes, next: AtomicUsize::new(0), load: Mutex::new(load) }))
+    }
+
+    /// Where to serve who has their session at `home`; or who has none, or it is busy:
+    /// then the less busy of two, in turn.
+    pub fn choose(&self, home: Option<Core>) -> Core {
+        let count = self.0.runtimes.len();
+        let load = self.look();
+        let busy = |core: Core| load.share.get(core.0).copied().unwrap_or(0.0);
+        if let Some(home) = home.filter(|home| busy(*home) <= BUSY) {
+            return home;
+        }
+        let turn = self.0.next.fetch_add(1, Ordering::Relaxed);
+        let (one, other) = (Core(turn % count), Core((turn + 1) % count));
+        if busy(other) + CLEARLY < busy(one) { other } else { one }
+    }
+
+    /// Serves a connection as a task on `core`.
+    pub fn serve<F>(&self, core: Core, tasks: &TaskTracker, tcp: TcpStream, serve: impl FnOnce(TcpStream) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        if Core::here() == Some(core) {
+            tasks.spawn(serve(tcp));
+        } else if let Ok(tcp) = tcp.into_std() {
+            self.spawn(core, tasks, || Ok(serve(TcpStream::from_std(tcp)?)));
+        }
+    }
+
+    /// Serves a listener as a task on the next core.
+    pub fn listen<F>(&self, tasks: &TaskTracker, listener: TcpListener, serve: impl FnOnce(TcpListener) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        if let Ok(listener) = listener.into_std() {
+            self.spawn(self.choose(None), tasks, || Ok(serve(TcpListener::from_std(listener)?)));
+        }
+    }
+
+    /// Runs `task` on `core` while the caller waits, and no longer.
+    ///
+    /// # Errors
+    /// The task panicked, or that core has ended.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        core: Option<Core>,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> io::Result<T> {
+        match core.filter(|_| core != Core::here()).and_then(|core| self.0.runtimes.get(core.0)) {
+            Some(runtime) => AbortOnDropHandle::new(runtime.spawn(task)).await.map_err(io::Error::other),
+            None => Ok(task.await),
+        }
+    }
+
+    /// Tells the metrics how busy they are.
+    pub fn tell(&self) {
+        for (core, share) in self.look().share.iter().enumerate() {
+            metrics::gauge!("adit_core_busy_ratio", "core" => core.to_string()).set(*share);
+        }
+    }
+
+    /// Spawns what `make` makes there: what it opens is told of bytes by that runtime.
+    /// Where nothing can be opened it is dropped, and so what it was to serve is closed.
+    fn spawn<F>(&self, core: Core, tasks: &TaskTracker, make: impl FnOnce() -> io::Result<F>)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let Some(runtime) = self.0.runtimes.get(core.0) else { return };
+        let _there = runtime.enter();
+        match make() {
+            Ok(task) => drop(tasks.spawn_on(task, runtime)),
+            Err(error) => tracing::error!(%error, "a connection cannot be watched"),
+        }
+    }
+
+    /// How busy they are.
+    fn look(&self) -> MutexGuard<'_, Load> {
+        let mut load = self.0.load.lock();
+        let passed = load.at.elapsed();
+        if passed >= LOOK {
+            load.at = Instant::now();
+            let Load { worked, share, .. } = &mut *load;
+            for ((runtime, worked), share) in self.0.runtimes.iter().zip(worked).zip(share) {
+                let now = runtime.metrics().worker_total_busy_duration(0);
+                *share = now.saturating_sub(*worked).div_duration_f64(passed);
+                *worked = now;
+            }
+        }
+        load
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    /// Two cores, as long as a test needs them.
+    struct Two {
+        cores: Cores,
+        runtimes: Vec<Runtime>,
+    }
+
+    impl Two {
+        fn start() -> Self {
+            let (cores, runtimes) = Cores::start(2).unwrap();
+            Self { cores, runtimes }
+        }
+    }
+
+    impl Drop for Two {
+        fn drop(&mut self) {
+            self.runtimes.drain(..).for_each(Runtime::shutdown_background);
+        }
+    }
+
+    async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T {
+        tokio::time::timeout(Duration::from_secs(10), future).await.unwrap_or_else(|_| panic!("{what} did not happen"))
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_served_on_the_core_that_was_chosen() {
+        let two = Two::start();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        for core in [Core(0), Core(1)] {
+            let mut visitor = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (tcp, _) = listener.accept().await.unwrap();
+            let (tell, told) = oneshot::channel();
+            two.cores.serve(core, &TaskTracker::new(), tcp, move |mut tcp| async move {
+                let mut said = [0; 5];
+                tcp.read_exact(&mut said).await.unwrap();
+                tcp.write_all(&said).await.unwrap();
+                tell.send(Core::here()).unwrap();
+            });
+            visitor.write_all(b"hello").await.unwrap();
+            let mut heard = [0; 5];
+            in_time("an answer", visitor.read_exact(&mut heard)).await.unwrap();
+            assert_eq!((&heard, told.await.unwrap()), (b"hello", Some(core)));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_core_that_is_busy_gets_no_more_visitors_until_it_is_not() {
+        let two = Two::start();
+        let home = Core(0);
+        assert_eq!(two.cores.choose(Some(home)), home);
+        let chosen = async |core: Core| {
+            while two.cores.choose(Some(home)) != core {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        let working = two.runtimes[0].spawn(async {
+            loop {
+                let begun = Instant::now();
+                while begun.elapsed() < LOOK / 50 {}
+                tokio::task::yield_now().await;
+            }
+        });
+        in_time("the other core", chosen(Core(1))).await;
+        working.abort();
+        in_time("the home again", chosen(home)).await;
+    }
+
+    #[tokio::test]
+    async fn those_without_a_session_are_spread() {
+        let two = Two::start();
+        let chosen: Vec<Core> = (0..4).map(|_| two.cores.choose(None)).collect();
+        assert_eq!(chosen, [Core(0), Core(1), Core(0), Core(1)]);
+    }
+
+    #[tokio::test]
+    async fn what_runs_for_a_caller_ends_with_it() {
+        let two = Two::start();
+        assert_eq!(two.cores.run(Some(Core(1)), async { Core::here() }).await.unwrap(), Some(Core(1)));
+        let (held, ended) = oneshot::channel::<()>();
+        let running = two.cores.run(Some(Core(1)), async {
+            let _held = held;
+            std::future::pending::<()>().await;
+        });
+        tokio::time::timeout(LOOK, running).await.unwrap_err();
+        in_time("its end", ended).await.unwrap_err();
+    }
+}
