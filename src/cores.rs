@@ -16,11 +16,15 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 /// A core that works more than this share of the time gets no more visitors for the
 /// sake of their session.
-const BUSY: f64 = 0.75;
+const BUSY: f64 = 0.8;
+/// The same for the sake of company.
+const HALF: f64 = 0.5;
 /// A difference that is no chance.
 const CLEARLY: f64 = 0.1;
 /// Over how long it is measured, at least.
 const LOOK: Duration = Duration::from_millis(100);
+/// What a visitor adds to it until then: a TLS handshake.
+const VISITOR: f64 = 0.0025;
 
 /// Which core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +60,12 @@ struct Load {
     share: Vec<f64>,
 }
 
+impl Load {
+    fn of(count: usize) -> Self {
+        Self { at: Instant::now(), worked: vec![Duration::ZERO; count], share: vec![0.0; count] }
+    }
+}
+
 impl Cores {
     /// So many runtimes, of one thread each.
     ///
@@ -81,22 +91,37 @@ impl Cores {
 
     fn of(runtimes: Vec<Handle>) -> Self {
         let count = runtimes.len();
-        let load = Load { at: Instant::now(), worked: vec![Duration::ZERO; count], share: vec![0.0; count] };
-        Self(Arc::new(All { runtimes, next: AtomicUsize::new(0), load: Mutex::new(load) }))
+        Self(Arc::new(All { runtimes, next: AtomicUsize::new(0), load: Mutex::new(Load::of(count)) }))
     }
 
-    /// Where to serve who has their session at `home`; or who has none, or it is busy:
-    /// then the less busy of two, in turn.
-    pub fn choose(&self, home: Option<Core>) -> Core {
-        let count = self.0.runtimes.len();
-        let load = self.look();
-        let busy = |core: Core| load.share.get(core.0).copied().unwrap_or(0.0);
-        if let Some(home) = home.filter(|home| busy(*home) <= BUSY) {
-            return home;
+    /// Where to serve a visitor whose session is at `home`. Who has none there, or finds
+    /// it busy, goes to the first core that is idle half of the time: few threads that
+    /// work wake up less often than many that do not.
+    pub fn for_visitor(&self, home: Option<Core>) -> Core {
+        let mut load = self.look();
+        let Load { share, .. } = &mut *load;
+        let free = |core: usize, most: f64| share.get(core).is_some_and(|share| *share <= most);
+        let chosen = home
+            .map(|home| home.0)
+            .filter(|home| free(*home, BUSY))
+            .or_else(|| (0..share.len()).find(|core| free(*core, HALF)))
+            .or_else(|| share.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map(|(core, _)| core))
+            .unwrap_or(0);
+        // Until it is measured: not all who come at once go there.
+        if let Some(share) = share.get_mut(chosen) {
+            *share += VISITOR;
         }
+        Core(chosen)
+    }
+
+    /// Where to serve a session, which stays: the less busy of two, in turn.
+    pub fn for_session(&self) -> Core {
+        let count = self.0.runtimes.len();
         let turn = self.0.next.fetch_add(1, Ordering::Relaxed);
-        let (one, other) = (Core(turn % count), Core((turn + 1) % count));
-        if busy(other) + CLEARLY < busy(one) { other } else { one }
+        let (one, other) = (turn % count, (turn + 1) % count);
+        let share = &self.look().share;
+        let clearly = share.get(other).zip(share.get(one)).is_some_and(|(other, one)| other + CLEARLY < *one);
+        Core(if clearly { other } else { one })
     }
 
     /// Serves a connection as a task on `core`.
@@ -111,13 +136,14 @@ impl Cores {
         }
     }
 
-    /// Serves a listener as a task on the next core.
+    /// Serves a listener as a task on the first core, where visitors without a session
+    /// are the likeliest to be.
     pub fn listen<F>(&self, tasks: &TaskTracker, listener: TcpListener, serve: impl FnOnce(TcpListener) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         if let Ok(listener) = listener.into_std() {
-            self.spawn(self.choose(None), tasks, || Ok(serve(TcpListener::from_std(listener)?)));
+            self.spawn(Core(0), tasks, || Ok(serve(TcpListener::from_std(listener)?)));
         }
     }
 
@@ -229,9 +255,9 @@ mod tests {
     async fn a_core_that_is_busy_gets_no_more_visitors_until_it_is_not() {
         let two = Two::start();
         let home = Core(0);
-        assert_eq!(two.cores.choose(Some(home)), home);
+        assert_eq!(two.cores.for_visitor(Some(home)), home);
         let chosen = async |core: Core| {
-            while two.cores.choose(Some(home)) != core {
+            while two.cores.for_visitor(Some(home)) != core {
                 tokio::time::sleep(LOOK).await;
             }
         };
@@ -248,9 +274,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn those_without_a_session_are_spread() {
+    async fn a_crowd_is_spread_and_a_few_keep_each_other_company() {
         let two = Two::start();
-        let chosen: Vec<Core> = (0..4).map(|_| two.cores.choose(None)).collect();
+        // At one instant, before anything is measured.
+        let begin = || *two.cores.0.load.lock() = Load { at: Instant::now() + LOOK * 1000, ..Load::of(2) };
+        let count = |home, core| (0..1000).filter(|_| two.cores.for_visitor(home) == core).count();
+        begin();
+        assert!((0..10).all(|_| two.cores.for_visitor(None) == Core(0)));
+        assert!((300..700).contains(&count(None, Core(0))), "a thousand at once without a session");
+        begin();
+        assert!((300..700).contains(&count(Some(Core(1)), Core(1))), "a thousand at once of one session");
+    }
+
+    #[tokio::test]
+    async fn sessions_are_spread() {
+        let two = Two::start();
+        let chosen: Vec<Core> = (0..4).map(|_| two.cores.for_session()).collect();
         assert_eq!(chosen, [Core(0), Core(1), Core(0), Core(1)]);
     }
 

@@ -157,10 +157,10 @@ impl Ingress {
             tcp::prepare_accepted(&tcp, &tcp_settings);
             let core = match door {
                 Door::Raw => self.core(self.parts.routes.by_port(local.port()).as_deref(), addr),
-                Door::Http => self.parts.cores.choose(None),
+                Door::Http => self.parts.cores.for_visitor(None),
                 // Whose visitor it is is known when the first bytes are, and they are here
                 // soon.
-                Door::Https => Core::here().unwrap_or_else(|| self.parts.cores.choose(None)),
+                Door::Https => Core::here().unwrap_or_else(|| self.parts.cores.for_visitor(None)),
             };
             let (ingress, visitor) = (Arc::clone(&self), Visitor::new(addr, local));
             let visit = move |tcp| ingress.visit(door, tcp, visitor);
@@ -191,7 +191,7 @@ impl Ingress {
     /// Where a visitor from `addr` is served, by what is known of where they go.
     fn core(&self, route: Option<&Route>, addr: SocketAddr) -> Core {
         let home = route.and_then(|route| self.parts.dialer.core(route, addr.port().into()));
-        self.parts.cores.choose(home)
+        self.parts.cores.for_visitor(home)
     }
 
     /// Whether connections from there begin with a PROXY protocol header.
@@ -216,6 +216,6 @@ impl Ingress {
     fn owner(&self, tcp: TcpStream, head: Bytes, addr: SocketAddr) {
         let owners = Arc::clone(&self.parts.owners);
         let cores = &self.parts.cores;
-        cores.serve(cores.choose(None), &self.parts.owner_tasks, tcp, move |tcp| owners.serve(tcp, head, addr));
+        cores.serve(cores.for_session(), &self.parts.owner_tasks, tcp, move |tcp| owners.serve(tcp, head, addr));
     }
 }
