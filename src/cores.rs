@@ -131,20 +131,32 @@ impl Cores {
     {
         if Core::here() == Some(core) {
             tasks.spawn(serve(tcp));
-        } else if let Ok(tcp) = tcp.into_std() {
-            self.spawn(core, tasks, || Ok(serve(TcpStream::from_std(tcp)?)));
+            return;
+        }
+        let moved = tcp.into_std().and_then(|tcp| self.spawn(core, tasks, || Ok(serve(TcpStream::from_std(tcp)?))));
+        if let Err(error) = moved {
+            // It is closed.
+            metrics::counter!("adit_accept_failures_total").increment(1);
+            tracing::debug!(%error, "a connection cannot be moved to its thread");
         }
     }
 
     /// Serves a listener as a task on the first core, where visitors without a session
     /// are the likeliest to be.
-    pub fn listen<F>(&self, tasks: &TaskTracker, listener: TcpListener, serve: impl FnOnce(TcpListener) -> F)
+    ///
+    /// # Errors
+    /// It cannot be watched there.
+    pub fn listen<F>(
+        &self,
+        tasks: &TaskTracker,
+        listener: TcpListener,
+        serve: impl FnOnce(TcpListener) -> F,
+    ) -> io::Result<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        if let Ok(listener) = listener.into_std() {
-            self.spawn(Core(0), tasks, || Ok(serve(TcpListener::from_std(listener)?)));
-        }
+        let listener = listener.into_std()?;
+        self.spawn(Core(0), tasks, || Ok(serve(TcpListener::from_std(listener)?)))
     }
 
     /// Runs `task` on `core` while the caller waits, and no longer.
@@ -170,17 +182,14 @@ impl Cores {
     }
 
     /// Spawns what `make` makes there: what it opens is told of bytes by that runtime.
-    /// Where nothing can be opened it is dropped, and so what it was to serve is closed.
-    fn spawn<F>(&self, core: Core, tasks: &TaskTracker, make: impl FnOnce() -> io::Result<F>)
+    fn spawn<F>(&self, core: Core, tasks: &TaskTracker, make: impl FnOnce() -> io::Result<F>) -> io::Result<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let Some(runtime) = self.0.runtimes.get(core.0) else { return };
+        let runtime = self.0.runtimes.get(core.0).ok_or(io::ErrorKind::NotFound)?;
         let _there = runtime.enter();
-        match make() {
-            Ok(task) => drop(tasks.spawn_on(task, runtime)),
-            Err(error) => tracing::error!(%error, "a connection cannot be watched"),
-        }
+        tasks.spawn_on(make()?, runtime);
+        Ok(())
     }
 
     /// How busy they are.

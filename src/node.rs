@@ -271,13 +271,14 @@ pub async fn run(config: Config, cores: Cores) -> Result<(), Failure> {
     for listener in listeners.control {
         tasks.spawn(control::serve(listener, Arc::clone(&control), stop.clone()));
     }
+    let unwatched = |error| Failure::Start(format!("a listener cannot be watched: {error}"));
     for (door, listener) in listeners.visitors {
-        ingress.open(&tasks, door, listener, closed.clone());
+        ingress.open(&tasks, door, listener, closed.clone()).map_err(unwatched)?;
     }
     // Owners may log in until the end of the drain: their sessions are what visitors use.
     let owners_closed = CancellationToken::new();
     for listener in listeners.owners {
-        ingress.open_to_owners(&tasks, listener, owners_closed.clone());
+        ingress.open_to_owners(&tasks, listener, owners_closed.clone()).map_err(unwatched)?;
     }
     state.write_listening(&bound)?;
     ready.store(true, Ordering::Release);

@@ -6,6 +6,7 @@ pub mod hello;
 mod ports;
 mod visit;
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -139,15 +140,32 @@ impl Ingress {
     }
 
     /// Takes visitors from a listener until `closed`; those who came stay.
-    pub fn open(self: &Arc<Self>, tasks: &TaskTracker, door: Door, listener: TcpListener, closed: CancellationToken) {
+    ///
+    /// # Errors
+    /// It cannot be watched.
+    pub fn open(
+        self: &Arc<Self>,
+        tasks: &TaskTracker,
+        door: Door,
+        listener: TcpListener,
+        closed: CancellationToken,
+    ) -> io::Result<()> {
         let ingress = Arc::clone(self);
-        self.parts.cores.listen(tasks, listener, move |listener| ingress.accept(door, listener, closed));
+        self.parts.cores.listen(tasks, listener, move |listener| ingress.accept(door, listener, closed))
     }
 
     /// Takes owners from a listener until `closed`.
-    pub fn open_to_owners(self: &Arc<Self>, tasks: &TaskTracker, listener: TcpListener, closed: CancellationToken) {
+    ///
+    /// # Errors
+    /// It cannot be watched.
+    pub fn open_to_owners(
+        self: &Arc<Self>,
+        tasks: &TaskTracker,
+        listener: TcpListener,
+        closed: CancellationToken,
+    ) -> io::Result<()> {
         let ingress = Arc::clone(self);
-        self.parts.cores.listen(tasks, listener, move |listener| ingress.accept_owners(listener, closed));
+        self.parts.cores.listen(tasks, listener, move |listener| ingress.accept_owners(listener, closed))
     }
 
     async fn accept(self: Arc<Self>, door: Door, listener: TcpListener, closed: CancellationToken) {
@@ -157,10 +175,9 @@ impl Ingress {
             tcp::prepare_accepted(&tcp, &tcp_settings);
             let core = match door {
                 Door::Raw => self.core(self.parts.routes.by_port(local.port()).as_deref(), addr),
-                Door::Http => self.parts.cores.for_visitor(None),
                 // Whose visitor it is is known when the first bytes are, and they are here
                 // soon.
-                Door::Https => Core::here().unwrap_or_else(|| self.parts.cores.for_visitor(None)),
+                Door::Http | Door::Https => Core::here().unwrap_or_else(|| self.parts.cores.for_visitor(None)),
             };
             let (ingress, visitor) = (Arc::clone(&self), Visitor::new(addr, local));
             let visit = move |tcp| ingress.visit(door, tcp, visitor);

@@ -97,17 +97,15 @@ impl Ports {
             if open.contains_key(&port) {
                 continue;
             }
-            match bind_all(&ingress.settings.raw, port, ingress) {
-                Ok(listeners) => {
-                    let close = closed.child_token();
-                    for listener in listeners {
-                        ingress.open(tasks, Door::Raw, listener, close.clone());
-                    }
+            let close = closed.child_token();
+            match open_all(&ingress.settings.raw, port, ingress, tasks, &close) {
+                Ok(()) => {
                     open.insert(port, close);
                     self.failed.lock().remove(&port);
                     tracing::info!(port, "port opened");
                 }
                 Err((addr, error)) => {
+                    close.cancel();
                     let socket = ingress.parts.routes.by_port(port).map(|r| r.socket.id.to_string());
                     let why = format!("{addr} of the socket {} cannot be opened: {error}", socket.unwrap_or_default());
                     if self.failed.lock().insert(port, why.clone()).is_none() {
@@ -120,22 +118,27 @@ impl Ports {
     }
 }
 
-/// Listeners on every raw address, or none.
-fn bind_all(
+/// Takes visitors of `port` on every raw address, or on none.
+fn open_all(
     addrs: &[IpAddr],
     port: u16,
-    ingress: &Ingress,
-) -> Result<Vec<tokio::net::TcpListener>, (SocketAddr, io::Error)> {
+    ingress: &Arc<Ingress>,
+    tasks: &TaskTracker,
+    close: &CancellationToken,
+) -> Result<(), (SocketAddr, io::Error)> {
     let mut listeners = Vec::new();
     for ip in addrs {
         let addr = SocketAddr::new(*ip, port);
         let only_v6 = ip.is_unspecified() && addrs.iter().any(IpAddr::is_ipv4);
         match tcp::bind(addr, only_v6, &ingress.parts.tcp) {
-            Ok(listener) => listeners.push(listener),
+            Ok(listener) => listeners.push((addr, listener)),
             // A machine without IPv6 still serves the other family.
             Err(error) if tcp::lacks_family(&error) && addrs.len() > 1 => {}
             Err(error) => return Err((addr, error)),
         }
     }
-    Ok(listeners)
+    for (addr, listener) in listeners {
+        ingress.open(tasks, Door::Raw, listener, close.clone()).map_err(|error| (addr, error))?;
+    }
+    Ok(())
 }

@@ -129,34 +129,39 @@ impl Ingress {
         counted: Counted,
     ) -> Result<(), Error> {
         let (hello, head) = hello::peek(&mut tcp, &self.parts.hello).await?;
-        let plain = |protocol| Via { protocol, tls: None };
-        match (door, hello) {
-            (Door::Https, Hello::Tls(client)) => {
-                let name = client.sni.name().cloned();
-                let route = name.as_ref().and_then(|name| self.parts.routes.by_host(name.as_str()));
-                let core = self.core(route.as_deref(), visitor.addr);
-                let ingress = Arc::clone(self);
-                let go_on = move |tcp| async move {
-                    let stream = Stream::tcp(tcp).with_head(head);
-                    if let Err(error) = ingress.by_name(stream, name, route, visitor).await {
-                        ingress.turned_away(door, &visitor, error);
-                    }
-                    drop(counted);
-                };
-                if Core::here() == Some(core) {
-                    go_on(tcp).await;
-                } else {
-                    self.parts.cores.serve(core, &self.parts.stages.visitors, tcp, go_on);
-                }
+        let name = match (door, &hello) {
+            (Door::Https, Hello::Tls(client)) => client.sni.name().cloned(),
+            (Door::Http, Hello::Http1) => hello::host(&head),
+            (Door::Http, Hello::Http2) => None,
+            (Door::Https, Hello::Ssh) => {
+                self.owner(tcp, head, visitor.addr);
+                return Ok(());
             }
-            (Door::Http, Hello::Http1) => {
-                self.http(Stream::tcp(tcp).with_head(head), visitor, plain(Protocol::Http1)).await;
-            }
-            (Door::Http, Hello::Http2) => {
-                self.http(Stream::tcp(tcp).with_head(head), visitor, plain(Protocol::Http2)).await;
-            }
-            (Door::Https, Hello::Ssh) => self.owner(tcp, head, visitor.addr),
             _ => return Err(Error::HelloUnknown),
+        };
+        // Now it is known with whose session they had best be served.
+        let route = name.as_ref().and_then(|name| self.parts.routes.by_host(name.as_str()));
+        let core = self.core(route.as_deref(), visitor.addr);
+        let ingress = Arc::clone(self);
+        let go_on = move |tcp| async move {
+            let stream = Stream::tcp(tcp).with_head(head);
+            let served = match hello {
+                Hello::Tls(_) => ingress.by_name(stream, name, route, visitor).await,
+                _ => {
+                    let protocol = if hello == Hello::Http2 { Protocol::Http2 } else { Protocol::Http1 };
+                    ingress.http(stream, visitor, Via { protocol, tls: None }).await;
+                    Ok(())
+                }
+            };
+            if let Err(error) = served {
+                ingress.turned_away(door, &visitor, error);
+            }
+            drop(counted);
+        };
+        if Core::here() == Some(core) {
+            go_on(tcp).await;
+        } else {
+            self.parts.cores.serve(core, &self.parts.stages.visitors, tcp, go_on);
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::error::Error;
 use crate::fields::{self, Fields};
+use crate::model::{HostName, authority_host};
 
 pub use client_hello::{Alpn, ClientHello, Sni};
 
@@ -106,6 +107,17 @@ pub fn read(bytes: &[u8], max: usize) -> Verdict {
         Err(Stop::More(needed)) => Verdict::More(needed),
         Err(Stop::Unknown(why)) => Verdict::Unknown(why),
     }
+}
+
+/// The host that the first request of plain HTTP/1 names, as far as its head is here: a
+/// hint of where it goes, by which nobody is let in.
+pub fn host(head: &[u8]) -> Option<HostName> {
+    let lines = head.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    let value = lines.take_while(|line| !line.is_empty()).find_map(|line| {
+        let (name, value) = line.split_at_checked(5)?;
+        name.eq_ignore_ascii_case(b"host:").then_some(value)
+    })?;
+    authority_host(std::str::from_utf8(value).ok()?.trim()).ok()?.parse().ok()
 }
 
 /// Reads a connection's first bytes until they tell what it speaks. Returns

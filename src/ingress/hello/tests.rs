@@ -276,3 +276,19 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_host_of_a_plain_request_is_seen_where_it_is_there_already() {
+    for (head, expected) in [
+        ("GET / HTTP/1.1\r\nHost: Web.Example.com\r\n\r\n", Some("web.example.com")),
+        ("GET / HTTP/1.1\nA: b\nhOST:web.example.com:8080 \n", Some("web.example.com")),
+        ("GET / HTTP/1.1\r\nX-Host: web.example.com\r\n\r\n", None),
+        ("POST / HTTP/1.1\r\n\r\nHost: web.example.com\r\n", None),
+        ("GET / HTTP/1.1\r\nHost: not a host\r\n\r\n", None),
+        ("GET / HTTP/1.1\r\nHo", None),
+        ("", None),
+    ] {
+        assert_eq!(host(head.as_bytes()).as_ref().map(HostName::as_str), expected, "{head:?}");
+    }
+    assert_eq!(host(b"GET / HTTP/1.1\r\nHost: \xff\r\n\r\n"), None);
+}
