@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::record::{Location, NodeRecord};
 use super::{Fleet, LEASE, LOCATIONS, NODES, location_key};
-use crate::feed::{Expect, Lease, Op, Txn, WriteError};
+use crate::feed::{Expect, Feed, Lease, Op, Txn, WriteError};
 use crate::model::TunnelId;
 use crate::tunnel::Attachment;
 
@@ -85,8 +85,24 @@ pub(super) async fn run(fleet: &Fleet, stop: CancellationToken) {
         () = stop.cancelled() => {}
     }
     if let Some(registered) = present {
-        let goodbye = registered.guarded(fleet, vec![Op::Delete { key: node_key(fleet) }]);
-        let _ = tokio::time::timeout(GOODBYE, fleet.feed.commit(goodbye)).await;
+        let key = node_key(fleet);
+        let leaving = leave(&*fleet.feed, &key, &fleet.boot, registered.rev);
+        let _ = tokio::time::timeout(GOODBYE, leaving).await;
+    }
+}
+
+/// Takes out the key of a node that was at `rev` when it was told last. A write that was
+/// broken off by the end may have changed it since; what another start of the node wrote
+/// stays.
+async fn leave(feed: &dyn Feed, key: &str, boot: &str, mut rev: u64) {
+    loop {
+        let ops = vec![Op::Delete { key: key.to_owned() }];
+        let goodbye = Txn { expect: vec![(key.to_owned(), Expect::Rev(rev))], ops };
+        let Err(WriteError::Conflict { .. }) = feed.commit(goodbye).await else { return };
+        match feed.read(key).await {
+            Ok(Some(entry)) if NodeRecord::read(&entry.value).is_some_and(|node| node.boot == boot) => rev = entry.rev,
+            _ => return,
+        }
     }
 }
 
@@ -278,4 +294,30 @@ async fn tell(
         said.logins.retain(|(_, session), _| fleet.tunnels.has_session(*session));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::feed::store::Store;
+
+    #[tokio::test]
+    async fn a_node_that_leaves_is_gone_though_its_last_word_was_not_answered() {
+        let store = Store::in_memory(Default::default()).unwrap();
+        let put = async |boot: &str| {
+            let op = Op::Put { key: "up/node/a".into(), value: NodeRecord::new(boot).to_text(), lease: None };
+            store.commit(Txn { expect: Vec::new(), ops: vec![op] }).await.unwrap()
+        };
+        let told = put("first").await;
+        put("first").await;
+        leave(&*store, "up/node/a", "first", told).await;
+        assert!(store.read("up/node/a").await.unwrap().is_none());
+
+        let told = put("first").await;
+        put("second").await;
+        leave(&*store, "up/node/a", "first", told).await;
+        assert!(store.read("up/node/a").await.unwrap().is_some(), "another start of the node stays");
+        // What is gone already is no reason to stay.
+        leave(&*store, "up/node/b", "first", 1).await;
+    }
 }
