@@ -23,7 +23,7 @@ const HALF: f64 = 0.5;
 const CLEARLY: f64 = 0.1;
 /// Over how long it is measured, at least.
 const LOOK: Duration = Duration::from_millis(100);
-/// What a visitor adds to it until then: a TLS handshake.
+/// What a visitor takes of it at least: a TLS handshake.
 const VISITOR: f64 = 0.0025;
 
 /// Which core.
@@ -56,13 +56,43 @@ struct All {
 #[derive(Debug)]
 struct Load {
     at: Instant,
-    worked: Vec<Duration>,
-    share: Vec<f64>,
+    cores: Vec<Work>,
+}
+
+/// What one core has to do.
+#[derive(Debug, Clone, Default)]
+struct Work {
+    /// How long it has worked, and for which share of the time before the last look.
+    worked: Duration,
+    share: f64,
+    /// What those take, at least, who came since.
+    came: f64,
+}
+
+impl Work {
+    /// Not the sum: who come at the same pace as before are in the share already.
+    fn busy(&self) -> f64 {
+        self.share.max(self.came)
+    }
 }
 
 impl Load {
     fn of(count: usize) -> Self {
-        Self { at: Instant::now(), worked: vec![Duration::ZERO; count], share: vec![0.0; count] }
+        Self { at: Instant::now(), cores: vec![Work::default(); count] }
+    }
+
+    fn busy(&self, core: usize) -> f64 {
+        self.cores.get(core).map_or(f64::INFINITY, Work::busy)
+    }
+
+    fn choose(&self, home: Option<Core>) -> Core {
+        let all = 0..self.cores.len();
+        let chosen = home
+            .map(|home| home.0)
+            .filter(|home| self.busy(*home) <= BUSY)
+            .or_else(|| all.clone().find(|core| self.busy(*core) <= HALF))
+            .or_else(|| all.min_by(|a, b| self.busy(*a).total_cmp(&self.busy(*b))));
+        Core(chosen.unwrap_or(0))
     }
 }
 
@@ -99,19 +129,17 @@ impl Cores {
     /// work wake up less often than many that do not.
     pub fn for_visitor(&self, home: Option<Core>) -> Core {
         let mut load = self.look();
-        let Load { share, .. } = &mut *load;
-        let free = |core: usize, most: f64| share.get(core).is_some_and(|share| *share <= most);
-        let chosen = home
-            .map(|home| home.0)
-            .filter(|home| free(*home, BUSY))
-            .or_else(|| (0..share.len()).find(|core| free(*core, HALF)))
-            .or_else(|| share.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map(|(core, _)| core))
-            .unwrap_or(0);
-        // Until it is measured: not all who come at once go there.
-        if let Some(share) = share.get_mut(chosen) {
-            *share += VISITOR;
+        let chosen = load.choose(home);
+        // Not all of a crowd go there.
+        if let Some(core) = load.cores.get_mut(chosen.0) {
+            core.came += VISITOR;
         }
-        Core(chosen)
+        chosen
+    }
+
+    /// Where to read a visitor's first bytes: here, unless it is busy.
+    pub fn for_hello(&self) -> Core {
+        self.look().choose(Core::here())
     }
 
     /// Where to serve a session, which stays: the less busy of two, in turn.
@@ -119,9 +147,8 @@ impl Cores {
         let count = self.0.runtimes.len();
         let turn = self.0.next.fetch_add(1, Ordering::Relaxed);
         let (one, other) = (turn % count, (turn + 1) % count);
-        let share = &self.look().share;
-        let clearly = share.get(other).zip(share.get(one)).is_some_and(|(other, one)| other + CLEARLY < *one);
-        Core(if clearly { other } else { one })
+        let load = self.look();
+        Core(if load.busy(other) + CLEARLY < load.busy(one) { other } else { one })
     }
 
     /// Serves a connection as a task on `core`.
@@ -176,8 +203,8 @@ impl Cores {
 
     /// Tells the metrics how busy they are.
     pub fn tell(&self) {
-        for (core, share) in self.look().share.iter().enumerate() {
-            metrics::gauge!("adit_core_busy_ratio", "core" => core.to_string()).set(*share);
+        for (number, core) in self.look().cores.iter().enumerate() {
+            metrics::gauge!("adit_core_busy_ratio", "core" => number.to_string()).set(core.share);
         }
     }
 
@@ -198,11 +225,10 @@ impl Cores {
         let passed = load.at.elapsed();
         if passed >= LOOK {
             load.at = Instant::now();
-            let Load { worked, share, .. } = &mut *load;
-            for ((runtime, worked), share) in self.0.runtimes.iter().zip(worked).zip(share) {
+            for (runtime, core) in self.0.runtimes.iter().zip(&mut load.cores) {
                 let now = runtime.metrics().worker_total_busy_duration(0);
-                *share = now.saturating_sub(*worked).div_duration_f64(passed);
-                *worked = now;
+                let share = now.saturating_sub(core.worked).div_duration_f64(passed);
+                *core = Work { worked: now, share, came: 0.0 };
             }
         }
         load
@@ -293,6 +319,14 @@ mod tests {
         assert!((300..700).contains(&count(None, Core(0))), "a thousand at once without a session");
         begin();
         assert!((300..700).contains(&count(Some(Core(1)), Core(1))), "a thousand at once of one session");
+    }
+
+    #[tokio::test]
+    async fn who_come_as_before_are_not_counted_twice() {
+        let two = Two::start();
+        let busy = Work { share: 0.7, ..Work::default() };
+        *two.cores.0.load.lock() = Load { at: Instant::now() + LOOK * 1000, cores: vec![busy; 2] };
+        assert!((0..200).all(|_| two.cores.for_visitor(Some(Core(0))) == Core(0)));
     }
 
     #[tokio::test]

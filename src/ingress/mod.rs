@@ -175,9 +175,8 @@ impl Ingress {
             tcp::prepare_accepted(&tcp, &tcp_settings);
             let core = match door {
                 Door::Raw => self.core(self.parts.routes.by_port(local.port()).as_deref(), addr),
-                // Whose visitor it is is known when the first bytes are, and they are here
-                // soon.
-                Door::Http | Door::Https => Core::here().unwrap_or_else(|| self.parts.cores.for_visitor(None)),
+                // Whose visitor it is is known when the first bytes are, which are here soon.
+                Door::Http | Door::Https => self.parts.cores.for_hello(),
             };
             let (ingress, visitor) = (Arc::clone(&self), Visitor::new(addr, local));
             let visit = move |tcp| ingress.visit(door, tcp, visitor);
